@@ -1,0 +1,73 @@
+# One command for each thing a developer or a user does; `make help` lists them.
+
+# The first Python that is new enough; PYTHON=... names another. Everything runs in the environment that
+# tools/setup_environment.py chooses: a given one with torch >= 2.11, else .venv.
+FIND_PYTHON = for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+  if command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+  then echo $$p; break; fi; done
+ifdef PYTHON
+export PYTHON
+endif
+BASE_PYTHON := $(or $(PYTHON),$(shell $(FIND_PYTHON)))
+ifeq ($(BASE_PYTHON),)
+$(error no Python 3.11 or newer was found; name one with PYTHON=...)
+endif
+PY := $(shell $(BASE_PYTHON) tools/setup_environment.py --print-python)
+ifeq ($(PY),)
+$(error no environment to work in; see the line above)
+endif
+
+# The environment of every target. DeepSpeed is told "cpu" only where there is no accelerator, and compiles its own
+# operators, if ever, into this environment alone. Thread counts are left to the program.
+OWN_ENVIRONMENT := $(filter $(CURDIR)/.venv/%,$(PY))
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(if $(OWN_ENVIRONMENT),.venv,build)/torch_extensions
+export PATH := $(dir $(PY)):$(PATH)
+ifndef DS_ACCELERATOR
+ifeq ($(shell nvidia-smi -L 2>/dev/null | grep -c GPU)$(wildcard /dev/kfd),0)
+export DS_ACCELERATOR := cpu
+endif
+endif
+
+SOURCES := megatron_dept tools tests benchmarks setup.py pretrain_dept.py
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test check format demo demo-all clean distclean
+
+help:  ## This list
+	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /|/' | \
+	  awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@echo
+	@echo "  PYTHON=...           another Python; one that has torch >= 2.11 is used as it is"
+	@echo "  TORCH_INDEX_URL=...  where else torch may come from, e.g. https://download.pytorch.org/whl/cpu"
+	@echo "  PYTEST_ARGS=...      more arguments for pytest;  DEMO_ARGS=...  for tools/demo.py (--help lists them)"
+
+venv:  ## Make .venv with everything pinned, native code built; nothing where it is up to date
+	@$(BASE_PYTHON) tools/setup_environment.py
+
+test: venv  ## Every test, as CI runs them
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+check: venv  ## Format, lint, types, and the floors that imports go down
+	@$(PY) -m ruff format --check --quiet $(wildcard $(SOURCES))
+	@$(PY) -m ruff check --quiet $(wildcard $(SOURCES))
+	@$(PY) -m mypy
+	@cd tools && MYPYPATH=..:. $(PY) -m mypy --config-file ../pyproject.toml --follow-imports=silent *.py demo_corpora
+	@$(PY) -m pytest -q tests/test_floors.py
+
+format: venv  ## Format the code, and mend what the linter can
+	@$(PY) -m ruff format $(wildcard $(SOURCES))
+	@$(PY) -m ruff check --fix $(wildcard $(SOURCES))
+
+demo: venv  ## The main job on real text: STD, GLOB, TRIM, SPEC-OPT, each with one adapt; under 10 minutes on 2 cores
+	@$(PY) tools/demo.py $(DEMO_ARGS)
+
+demo-all: venv  ## The main job with every method and both adapt protocols
+	@$(PY) tools/demo.py --all $(DEMO_ARGS)
+
+clean:  ## Remove what was built and cached; .venv and demo/ stay
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info .venv/megatron_dept.stamp
+	find megatron_dept tools tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find megatron_dept -name '*.so' -delete
+
+distclean: clean  ## ... and .venv and demo/ too
+	rm -rf .venv demo

@@ -1,0 +1,1 @@
+"""State by name: saved on any layout, loaded on any other."""

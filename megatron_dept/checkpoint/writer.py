@@ -1,0 +1,102 @@
+"""Writing a checkpoint: every rank its slices, then one manifest renamed into place.
+
+A directory without a manifest is no checkpoint: a run killed while saving leaves the earlier ones as they were, and the
+next save sweeps the remains.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_dept.checkpoint.reader import FORMAT_VERSION, MANIFEST, committed
+from megatron_dept.checkpoint.slices import save_slices
+from megatron_dept.checkpoint.store import SOURCE_MARK
+from megatron_dept.common.errors import CheckpointError, UserError
+from megatron_dept.common.files import write_json
+
+GatherAll = Callable[[object], list[object]]
+"""Everyone's picklable value, in rank order: the one collective a save needs."""
+
+
+def save_checkpoint(
+    directory: Path,
+    rank: int,
+    gather_all: GatherAll,
+    tensors: Mapping[str, Tensor],
+    links: Iterable[Path],
+    manifest: Mapping[str, Any],
+    keep_last: int,
+) -> None:
+    """Save and commit one checkpoint. Collective: every rank calls it with its own `tensors` and `links`.
+
+    `links`: files of the source store that this rank answers for, linked in (copied across file systems). `manifest`:
+    the same on every rank, or rank 0's counts. Raises `CheckpointError` on every rank where any rank failed; earlier
+    checkpoints are then untouched.
+    """
+    failure = _attempt(lambda: _fresh(directory) if rank == 0 else None)
+    _agree(gather_all(failure), directory, rank)
+    names: list[str] = []
+
+    def write() -> None:
+        part = directory / f"part-{rank:05d}.safetensors"
+        save_slices(part, tensors)
+        names.append(part.name)
+        for source in links:
+            target = directory / f"{source.parent.name}{SOURCE_MARK}{source.name}"
+            try:
+                os.link(source, target)
+            except OSError:
+                shutil.copyfile(source, target)
+            names.append(target.name)
+
+    failure = _attempt(write)
+    reports = gather_all((failure, {name: (directory / name).stat().st_size for name in names} if not failure else {}))
+    _agree([report[0] for report in reports], directory, rank)  # type: ignore[index]
+    files: dict[str, int] = {}
+    for report in reports:
+        files |= report[1]  # type: ignore[index]
+    full = {"format_version": FORMAT_VERSION, **manifest, "files": files}
+    failure = _attempt(lambda: write_json(directory / MANIFEST, full) if rank == 0 else None)
+    _agree(gather_all(failure), directory, rank)
+    if rank == 0:
+        for old in committed(directory.parent)[:-keep_last]:
+            # The manifest goes first, so that a half-removed checkpoint is none.
+            (old / MANIFEST).unlink()
+            shutil.rmtree(old)
+
+
+def _attempt(action: Callable[[], None]) -> str | None:
+    try:
+        action()
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        return f"{error.filename or 'checkpoint'}: {error.strerror or error}"
+    return None
+
+
+def _agree(failures: Iterable[object], directory: Path, rank: int) -> None:
+    failed = [(who, failure) for who, failure in enumerate(failures) if failure]
+    if not failed:
+        return
+    if rank == 0:
+        shutil.rmtree(directory, ignore_errors=True)
+    who, failure = failed[0]
+    raise CheckpointError(
+        f"checkpoint {directory} was not saved: rank {who}: {failure}; free space there and start again, "
+        "earlier checkpoints are intact"
+    )
+
+
+def _fresh(directory: Path) -> None:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    keep = {path.name for path in committed(directory.parent)} - {directory.name}
+    for path in directory.parent.iterdir():
+        if path.is_dir() and path.name not in keep:
+            (path / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(path)
+    directory.mkdir()

@@ -1,0 +1,271 @@
+"""What a run is: every field of the configuration, its type, its default and its meaning.
+
+Fields keep Megatron's names for Megatron's things. Unknown fields are errors. Nothing here reads files, ranks or
+torch: `config.load` reads, `topology` places, `training.setup` builds.
+"""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Variant = Literal["glob", "trim", "spec", "spec_opt", "std", "act"]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, and an unknown field is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The transformer body (DEPT paper, section 3 of its recipe) and the embedding's width."""
+
+    family: Literal["gpt", "llama"] = Field("gpt", description="gpt: LayerNorm, GELU, biases; llama: RMSNorm, SwiGLU")
+    num_layers: int = Field(4, gt=0)
+    hidden_size: int = Field(128, gt=0)
+    num_attention_heads: int = Field(4, gt=0)
+    num_key_value_heads: int | None = Field(None, gt=0, description="llama only: grouped-query attention")
+    ffn_hidden_size: int | None = Field(None, gt=0, description="default: 4h (gpt), 8/3 h rounded up to 64 (llama)")
+    seq_length: int = Field(128, gt=1, description="tokens a sequence, and rows of the position table")
+    position_embedding: Literal["learned", "alibi", "rope"] | None = Field(
+        None, description="default: learned (gpt), rope (llama)"
+    )
+    norm_epsilon: float = Field(1e-5, gt=0)
+    init_std: float = Field(0.02, gt=0)
+    rope_theta: float = Field(10000.0, gt=0)
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
+            )
+        if self.family == "gpt":
+            if self.num_key_value_heads not in (None, self.num_attention_heads):
+                raise ValueError("num_key_value_heads is for family llama; remove it or choose llama")
+            if self.position_embedding == "rope":
+                raise ValueError("position_embedding rope needs family llama; choose learned or alibi for gpt")
+        elif self.position_embedding in ("learned", "alibi"):
+            raise ValueError(f"family llama has position_embedding rope, not {self.position_embedding}")
+        defaults = {
+            "position_embedding": "learned" if self.family == "gpt" else "rope",
+            "num_key_value_heads": self.num_attention_heads,
+            "ffn_hidden_size": 4 * self.hidden_size
+            if self.family == "gpt"
+            else -(-8 * self.hidden_size // 3 // 64) * 64,
+        }
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.num_attention_heads % self.kv_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not divisible by num_key_value_heads {self.kv_heads}"
+            )
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def ffn_size(self) -> int:
+        assert self.ffn_hidden_size is not None, "filled in by the validator"
+        return self.ffn_hidden_size
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def has_position_table(self) -> bool:
+        """Whether there is a learned position table (psi in the paper) beside the token table."""
+        return self.position_embedding == "learned"
+
+
+class SourceConfig(Section):
+    """One data source: a language or a domain."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="used in file names and logs")
+    data: Path | None = Field(None, description="dataset directory under the global tokenizer")
+    own_data: Path | None = Field(None, description="dataset directory under the source's own tokenizer (spec_opt)")
+
+
+class OuterConfig(Section):
+    """The outer optimizer, which turns the averaged delta into the next global body."""
+
+    optimizer: Literal["fedavg", "nesterov"] = "fedavg"
+    learning_rate: float = Field(1.0, gt=0)
+    momentum: float = Field(0.0, ge=0, lt=1, description="nesterov only; DiLoCo uses 0.9 with learning_rate 0.7")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.optimizer == "fedavg" and self.momentum:
+            raise ValueError(f"outer.momentum {self.momentum} needs outer.optimizer nesterov")
+        return self
+
+
+class DeptConfig(Section):
+    """Which variant trains, and the shape of its rounds (DEPT paper, algorithm 1)."""
+
+    variant: Variant = "glob"
+    rounds: int = Field(2, gt=0, description="T in the paper; for std and act: cycles of n_local steps")
+    n_local: int = Field(10, gt=0, description="inner steps a source trains in a round (N_local)")
+    sources_per_round: int | None = Field(None, gt=0, description="sources sampled a round; default: all")
+    inner_state: Literal["reset", "keep"] = Field("reset", description="inner optimizer state at a round's start")
+    outer: OuterConfig = OuterConfig()
+    std_tau: float = Field(1.0, ge=0, description="std, act: a source is drawn with probability ~ tokens ** tau")
+    on_bad_steps: Literal["stop", "drop"] = Field(
+        "stop", description="past max_bad_steps in a round: stop the run, or leave that source's delta out of the round"
+    )
+    max_bad_steps: int = Field(5, ge=0, description="skipped steps (non-finite gradient) of a source in a round")
+
+    @property
+    def synchronous(self) -> bool:
+        """std and act train one blended stream on one silo and have no outer exchange."""
+        return self.variant in ("std", "act")
+
+
+class ParallelConfig(Section):
+    """How the launch's ranks are cut: silos x pipeline x data x tensor."""
+
+    silos: int = Field(1, gt=0)
+    tensor_model_parallel_size: int = Field(1, gt=0)
+    pipeline_model_parallel_size: int = Field(1, gt=0)
+    zero_stage: Literal[0, 1, 2, 3] = 1
+
+    @model_validator(mode="after")
+    def _supported(self) -> Self:
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            if getattr(self, name) != 1:
+                raise ValueError(f"{name} {getattr(self, name)} is not supported yet; set it to 1")
+        return self
+
+
+class OptimizerConfig(Section):
+    """Inner AdamW of body and embedding, and the one continuous schedule (warm-up once, cosine over all steps)."""
+
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="sgd: plain, for exact comparisons")
+    learning_rate: float = Field(6e-4, gt=0, description="eta_max")
+    min_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
+    warmup_steps: int = Field(100, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_grad: float = Field(1.0, ge=0, description="one norm over body and embedding; 0: no clipping")
+
+
+class TrainingConfig(Section):
+    """Batch, precision and what is done beside the steps."""
+
+    micro_batch_size: int = Field(4, gt=0, description="sequences a rank computes at once")
+    global_batch_size: int = Field(8, gt=0, description="sequences a silo trains a step")
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    activation_checkpointing: bool = False
+    loss_chunk_tokens: int = Field(1024, gt=0, description="tokens whose logits exist at once in the loss")
+    threads_per_rank: int | None = Field(None, gt=0, description="CPU threads; default: cores / local ranks")
+    timeout_seconds: float = Field(600.0, gt=0, description="a collective waiting longer ends the run")
+
+    @field_validator("precision")
+    @classmethod
+    def _no_fp16(cls, value: str) -> str:
+        if value == "fp16":
+            raise ValueError("precision fp16 is refused (its loss scaling is not averaged over silos); choose bf16 or fp32")
+        return value
+
+
+class AdaptConfig(Section):
+    """Continued pre-training of a body with one global vocabulary (DEPT paper, section 6 of our notes: both protocols)."""
+
+    checkpoint: Path = Field(description="run or checkpoint directory whose body is taken")
+    embedding: Literal["random", "own"] = Field(
+        "random", description="random: new table, full learning rate; own: the checkpoint's global table, half of it"
+    )
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and how many are kept."""
+
+    save_interval: int = Field(1, ge=0, description="0: only at the end and on SIGTERM")
+    save_interval_unit: Literal["rounds", "steps"] = "rounds"
+    keep_last: int = Field(2, gt=0)
+
+
+class EvaluationConfig(Section):
+    """Validation during training, on every source's held-out split."""
+
+    interval_rounds: int = Field(1, ge=0, description="0: never")
+    max_tokens: int = Field(20_000, gt=0, description="held-out tokens a source is scored on")
+
+
+class LoggingConfig(Section):
+    """Logs and DeepSpeed's monitors."""
+
+    interval_steps: int = Field(1, gt=0)
+    norm_interval_steps: int = Field(10, gt=0, description="activation and parameter norms every so many steps")
+    tensorboard: bool = False
+    wandb: bool = False
+    csv: bool = False
+    peak_tflops: float | None = Field(None, gt=0, description="per device, for MFU; default: datasheet or measured")
+
+
+class RunConfig(Section):
+    """One run of `pretrain_dept.py`."""
+
+    run_dir: Path
+    seed: int = 1234
+    phase: Literal["pretrain", "adapt"] = "pretrain"
+    model: ModelConfig = ModelConfig()
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    tokenizer: Path | None = Field(None, description="the global tokenizer; checked against every source's data")
+    dept: DeptConfig = DeptConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    adapt: AdaptConfig | None = None
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"sources: names {names} are not distinct")
+        field = self.data_field
+        for source in self.sources:
+            if getattr(source, field) is None:
+                raise ValueError(f"sources: {source.name} has no {field}, which variant {self.dept.variant} trains on")
+        if self.phase == "adapt" and self.adapt is None:
+            raise ValueError("phase adapt needs the section adapt with the checkpoint to start from")
+        if self.phase == "pretrain" and self.adapt is not None:
+            raise ValueError("the section adapt needs phase: adapt")
+        if self.phase == "adapt" and self.dept.variant != "std":
+            raise ValueError(f"phase adapt trains one global vocabulary: dept.variant must be std, not {self.dept.variant}")
+        if self.dept.synchronous and self.parallel.silos != 1:
+            raise ValueError(
+                f"variant {self.dept.variant} is synchronous: parallel.silos must be 1, not {self.parallel.silos}"
+            )
+        sampled = self.dept.sources_per_round
+        if sampled is not None and sampled > len(self.sources):
+            raise ValueError(f"dept.sources_per_round {sampled} exceeds the {len(self.sources)} sources")
+        if self.training.precision == "bf16" and self.parallel.zero_stage == 0:
+            raise ValueError("precision bf16 with parallel.zero_stage 0 is refused; set parallel.zero_stage: 1")
+        if self.training.global_batch_size % self.training.micro_batch_size:
+            raise ValueError(
+                f"training.global_batch_size {self.training.global_batch_size} is not divisible by "
+                f"training.micro_batch_size {self.training.micro_batch_size}"
+            )
+        return self
+
+    @property
+    def data_field(self) -> Literal["data", "own_data"]:
+        """Which dataset of a source this run trains on."""
+        return "own_data" if self.dept.variant == "spec_opt" else "data"
+
+    @property
+    def total_steps(self) -> int:
+        """Sequential inner steps of the run."""
+        return self.dept.rounds * self.dept.n_local

@@ -1,0 +1,1 @@
+"""Indexed datasets, sampling order, vocabularies of sources."""

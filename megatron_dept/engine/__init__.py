@@ -1,0 +1,1 @@
+"""One silo's DeepSpeed engine; the only room that imports deepspeed."""

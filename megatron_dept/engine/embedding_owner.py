@@ -1,0 +1,86 @@
+"""The embedding shard of the source in training: fp32 masters, an AdamW of their own, gradients reduced over the silo.
+
+DeepSpeed never sees these parameters, so nothing in it is sized by a vocabulary, and the next source's embedding takes
+their place without touching the engine. Shapes: `v` rows of the source's vocabulary, `h` hidden, `L` positions.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_dept.config.schema import OptimizerConfig
+from megatron_dept.federation.communicator import Communicator
+from megatron_dept.models.embedding import SourceEmbedding
+
+
+def build_optimizer(parameters: list[torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The inner optimizer of the recipe; the learning rate is set before every step."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+class EmbeddingOwner:
+    """One source's embedding while its silo trains it; dropped whole when the silo turns to another source."""
+
+    def __init__(self, module: SourceEmbedding, config: OptimizerConfig, silo: Communicator) -> None:
+        self.module = module
+        self._silo = silo
+        self._optimizer = build_optimizer(list(module.parameters()), config)
+
+    @torch.no_grad()
+    def reduce_gradients(self) -> float:
+        """Average the gradients over the silo's data ranks, in place; returns their squared L2 norm."""
+        squared = 0.0
+        for name, parameter in self.module.named_parameters():
+            gradient = parameter.grad
+            assert gradient is not None, f"{name} took no part in the loss"
+            if self._silo.size > 1:
+                self._silo.all_reduce_sum(gradient, "gradient")
+                gradient.div_(self._silo.size)
+            squared += float(torch.linalg.vector_norm(gradient)) ** 2
+        return squared
+
+    @torch.no_grad()
+    def step(self, learning_rate: float, coefficient: float | None) -> None:
+        """Scale the gradients by the joint clip `coefficient` and step; None discards them."""
+        if coefficient is not None:
+            if coefficient < 1:
+                torch._foreach_mul_([p.grad for p in self.module.parameters()], coefficient)
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """State by "<moment>/<parameter>" shaped like the parameter, and "step" [1]; empty before the first step."""
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.module.named_parameters():
+            own: dict[str, Any] = self._optimizer.state.get(parameter, {})
+            for key, value in own.items():
+                if key == "step":
+                    state["step"] = torch.as_tensor(value, dtype=torch.float32).detach().cpu().reshape(1).clone()
+                elif value is not None:
+                    state[f"{key}/{name}"] = value
+        return state
+
+    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
+        """Put back what `optimizer_state` gave; an empty dictionary forgets all state."""
+        self._optimizer.state.clear()
+        if not state:
+            return
+        for name, parameter in self.module.named_parameters():
+            own = self._optimizer.state[parameter]
+            own["step"] = state["step"].squeeze(0).clone()
+            for key, value in state.items():
+                moment, _, owner = key.partition("/")
+                if owner == name:
+                    own[moment] = value.to(parameter.device).clone()

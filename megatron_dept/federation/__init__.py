@@ -1,0 +1,1 @@
+"""What travels between silos, and how many bytes it was."""

@@ -1,0 +1,1 @@
+"""Body, embedding and loss."""

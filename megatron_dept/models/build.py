@@ -1,0 +1,51 @@
+"""From a configuration to a body, ready to train."""
+
+import torch
+
+from megatron_dept.config.schema import ModelConfig
+from megatron_dept.models.gpt import GPTBody
+from megatron_dept.models.initialise import initialise_body
+from megatron_dept.models.llama import LlamaBody
+from megatron_dept.models.tags import tag
+from megatron_dept.models.transformer import Transformer
+
+
+def build_body(config: ModelConfig, seed: int, activation_checkpointing: bool = False) -> Transformer:
+    """The fp32 body of `config` on the CPU, each parameter's values given by (seed, its name) alone.
+
+    With `activation_checkpointing` each layer's activations are computed again in the backward instead of kept.
+    """
+    with torch.device("meta"):  # no values are drawn twice, and torch's global random state is left alone
+        body = _empty_body(config, activation_checkpointing)
+    body.to_empty(device="cpu")
+    initialise_body(body, config, seed)
+    return body
+
+
+def body_from_state(config: ModelConfig, state: dict[str, torch.Tensor]) -> Transformer:
+    """A body of `config` whose parameters are `state`'s, by name; for evaluation and export.
+
+    Raises `ValueError` naming what is missing, foreign or of another shape.
+    """
+    with torch.device("meta"):
+        body = _empty_body(config, activation_checkpointing=False)
+    expected = {name: tuple(parameter.shape) for name, parameter in body.named_parameters()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wrong = sorted(
+        name for name in expected.keys() | found.keys() if expected.get(name, "absent") != found.get(name, "absent")
+    )
+    if wrong:
+        listed = "; ".join(
+            f"{name}: {found.get(name, 'absent')}, not {expected.get(name, 'absent')}" for name in wrong[:3]
+        )
+        raise ValueError(f"{len(wrong)} parameters are not this model's ({listed})")
+    body.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, parameter in body.named_parameters():
+            tag(parameter, "body").copy_(state[name])
+    return body
+
+
+def _empty_body(config: ModelConfig, activation_checkpointing: bool) -> Transformer:
+    kind = GPTBody if config.family == "gpt" else LlamaBody
+    return kind(config, activation_checkpointing)

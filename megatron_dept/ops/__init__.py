@@ -1,0 +1,1 @@
+"""The face of csrc: native kernels and their references."""

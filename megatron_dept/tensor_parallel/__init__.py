@@ -1,0 +1,1 @@
+"""Layers and vocabularies split over the tensor-parallel ranks of a silo."""

@@ -1,0 +1,1 @@
+"""Text to ids and back, one interface for every tokenizer."""

@@ -1,0 +1,1 @@
+"""The round loop, set-up and signals."""

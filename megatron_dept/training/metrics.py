@@ -1,0 +1,94 @@
+"""What people watch: one line a step on the console, JSON lines and the byte ledger on disk, DeepSpeed's monitors."""
+
+import json
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_dept.common.files import read_json, write_json
+from megatron_dept.common.progress import format_seconds
+from megatron_dept.federation.ledger import KINDS
+
+
+class Metrics:
+    """Writes this silo's metrics; on ranks that do not lead a silo every call does nothing."""
+
+    def __init__(self, run_dir: Path, silo: int, leads: bool, speaks: bool) -> None:
+        """`leads`: this rank writes the silo's file; `speaks`: it prints to the console."""
+        self._file: IO[str] | None = None
+        self._speaks = speaks
+        self._silo = silo
+        if leads:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            # Line-buffered: a run that is killed has lost no line.
+            self._file = open(run_dir / f"metrics.silo{silo}.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+
+    def write(self, kind: str, **values: Any) -> None:
+        """One JSON line."""
+        if self._file is not None:
+            self._file.write(json.dumps({"kind": kind, "silo": self._silo, **values}) + "\n")
+
+    def say(self, text: str) -> None:
+        """One line on the console."""
+        if self._speaks:
+            print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        """One line on stderr, from whichever rank has something to warn of."""
+        print(f"warning: silo {self._silo}: {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+class Pace:
+    """Rate and time left over the inner steps this silo still has to do."""
+
+    def __init__(self, steps: int) -> None:
+        self._left = steps
+        self._spent = 0.0
+        self._done = 0
+        self._mark = time.perf_counter()
+
+    def start(self) -> None:
+        """The next step begins now; what came since the last one is not the step's."""
+        self._mark = time.perf_counter()
+
+    def step(self) -> float:
+        """A step has ended: its seconds."""
+        seconds = time.perf_counter() - self._mark
+        self._spent += seconds
+        self._done += 1
+        self._left -= 1
+        self._mark = time.perf_counter()
+        return seconds
+
+    @property
+    def time_left(self) -> str:
+        """At the mean rate so far."""
+        return format_seconds(self._spent / max(self._done, 1) * max(self._left, 0))
+
+
+class LedgerFile:
+    """`ledger.json`: bytes sent by all ranks, by round and kind, beside what was predicted."""
+
+    def __init__(self, path: Path, round: int) -> None:
+        """Goes on from what the file has of rounds before `round`, where a run resumes."""
+        self._path = path
+        known = read_json(path)["per_round"] if round and path.is_file() else []
+        self._rounds: list[dict[str, Any]] = [entry for entry in known if entry["round"] < round]
+
+    def add(self, round: int, counts: list[dict[str, int]], predicted: dict[str, int], steps: int) -> None:
+        """Enter the counts ("scope/kind": bytes) of every rank for one round, and rewrite the file."""
+        scoped: dict[str, int] = defaultdict(int)
+        for of_rank in counts:
+            for key, value in of_rank.items():
+                scoped[key] += value
+        kinds = {kind: sum(v for k, v in scoped.items() if k.endswith(f"/{kind}")) for kind in KINDS}
+        self._rounds.append({"round": round, "kinds": kinds, "groups": dict(sorted(scoped.items())), "predicted": predicted})
+        totals = {kind: sum(entry["kinds"][kind] for entry in self._rounds) for kind in KINDS}
+        write_json(self._path, {"per_round": self._rounds, "totals": totals, "steps": steps})

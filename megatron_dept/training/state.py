@@ -1,0 +1,231 @@
+"""A run's whole state, to a checkpoint and back: by parameter and source name, on any layout.
+
+At a round's boundary: the global body and its outer optimizer, the row tables, the source store, cursors. In the middle
+of one also, per source under way, its local body, embedding and inner optimizer state, and the deltas summed so far.
+"""
+
+import zlib
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_dept.checkpoint.reader import Checkpoint
+from megatron_dept.checkpoint.slices import SliceIndex, cut_by_name, whole
+from megatron_dept.checkpoint.store import SourceStore
+from megatron_dept.checkpoint.writer import save_checkpoint
+from megatron_dept.common.errors import CheckpointError
+from megatron_dept.common.segments import Segment
+from megatron_dept.config.schema import RunConfig
+from megatron_dept.data.directory import DatasetDirectory
+from megatron_dept.engine.embedding_owner import EmbeddingOwner
+from megatron_dept.engine.silo_engine import SiloEngine
+from megatron_dept.engine.world import World
+from megatron_dept.federation.body_exchange import BodyExchange
+from megatron_dept.training.embeddings import EmbeddingBroker, embedding_tensors, read_embedding_optimizer
+from megatron_dept.training.inner_state import inner_tensors, read_inner_state
+from megatron_dept.training.progress_state import RunProgress
+from megatron_dept.training.sources import MIXTURE, SourceSet
+
+
+class RunState:
+    """Saves and restores everything a run consists of. `exchange` is None for variants without an outer step."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        sources: SourceSet,
+        engine: SiloEngine,
+        exchange: BodyExchange | None,
+        broker: EmbeddingBroker,
+        store: SourceStore,
+    ) -> None:
+        self._config = config
+        self._world = world
+        self._sources = sources
+        self._engine = engine
+        self._exchange = exchange
+        self._broker = broker
+        self._store = store
+        self._directory = config.run_dir / "checkpoints"
+        self._flight_index: SliceIndex | None = None
+
+    def save(
+        self, progress: RunProgress, flight: tuple[str, EmbeddingOwner] | None, active: Collection[str]
+    ) -> Path:
+        """Write and commit a checkpoint; collective.
+
+        `flight`: the source this silo is training, and its embedding; `active`: those all silos are training. Local
+        phases that a restored checkpoint caught under way and whose turn has not come are carried over.
+        """
+        waiting = [name for name in progress.flights if name not in active]
+        segments = self._engine.shards.segments
+        tensors = self._broker.tensors(progress.mid_round)
+        if self._exchange is None:
+            tensors |= cut_by_name("body", self._engine.shards.read(), segments)
+        else:
+            tensors |= self._outer_tensors(self._exchange, segments, progress.mid_round)
+        if flight is not None:
+            tensors |= self._flight_tensors(*flight)
+        if self._world.is_writer:
+            for name in waiting:
+                tensors |= self._carried(name)
+            for name, vocabulary in self._sources.vocabularies.items():
+                tensors |= whole(f"vocabulary/{name}", torch.from_numpy(vocabulary.ids.copy()))
+        target = self._directory / f"step-{progress.total_steps:08d}"
+        save_checkpoint(
+            target,
+            self._world.launch.rank,
+            self._world.gather_all,
+            tensors,
+            self._links(),
+            self._manifest(progress),
+            self._config.checkpoint.keep_last,
+        )
+        if waiting:
+            # The checkpoint they were restored from may be gone now.
+            self._flight_index = Checkpoint.open(target).index
+        return target
+
+    def restore(self, checkpoint: Checkpoint) -> RunProgress:
+        """Load a checkpoint of this run into engine, exchange, tables and store; collective.
+
+        Raises `CheckpointError` naming the first field in which the run differs from the checkpoint's.
+        """
+        self._check(checkpoint)
+        progress = RunProgress.load(checkpoint.manifest["progress"])
+        index, shards = checkpoint.index, self._engine.shards
+        body = index.fill(torch.zeros(shards.numel), "body", shards.segments)
+        shards.write(body)
+        if self._exchange is not None:
+            self._load_outer(self._exchange, index, body, shards.segments, progress.mid_round)
+        self._broker.load(index, progress.mid_round)
+        if self._world.is_writer:
+            self._store.restore(checkpoint.directory, checkpoint.manifest["files"])
+        self._world.barrier()
+        if progress.flights or self._exchange is None:
+            self._flight_index = index
+        return progress
+
+    def resume_flight(self, name: str, owner: EmbeddingOwner) -> None:
+        """Put back a local phase that the restored checkpoint caught under way."""
+        assert self._flight_index is not None, f"no local phase of {name} was restored"
+        index, shards, prefix = self._flight_index, self._engine.shards, f"flight/{name}"
+        if self._exchange is not None:
+            shards.write(index.fill(torch.zeros(shards.numel), f"{prefix}/body", shards.segments))
+            with torch.no_grad():
+                for part, parameter in owner.module.named_parameters():
+                    parameter.copy_(index.read(f"{prefix}/{part}"))
+        owner.load_optimizer_state(read_embedding_optimizer(index, prefix))
+        shards.load_optimizer_state(read_inner_state(index, prefix, shards.numel, shards.segments))
+
+    def _outer_tensors(self, exchange: BodyExchange, segments: list[Segment], mid_round: bool) -> dict[str, Tensor]:
+        """This rank's share of the global body and momentum, and in mid-round its silo's summed deltas."""
+        own = exchange.own
+        mine = [piece for segment in segments if (piece := segment.within(own)) is not None]
+        tensors = cut_by_name("body", exchange.value[own], mine)
+        if exchange.momentum is not None:
+            tensors |= cut_by_name("outer", exchange.momentum, mine)
+        if mid_round:
+            tensors |= cut_by_name(f"delta/{self._world.place.silo}", exchange.delta, segments)
+        return tensors
+
+    def _load_outer(
+        self, exchange: BodyExchange, index: SliceIndex, body: Tensor, segments: list[Segment], mid_round: bool
+    ) -> None:
+        exchange.value.copy_(body)
+        own = exchange.own
+        mine = [piece for segment in segments if (piece := segment.within(own)) is not None]
+        if exchange.momentum is not None:
+            index.fill(exchange.momentum, "outer", mine)
+        exchange.delta.zero_()
+        if not mid_round:
+            return
+        # Sums of other silos than there are now are taken over in turn; the total is what counts.
+        saved = sorted({int(path.split("/")[0]) for path in index.paths("delta/")})
+        for silo in saved:
+            if silo % self._world.layout.silos == self._world.place.silo:
+                exchange.delta.add_(index.fill(torch.zeros_like(exchange.delta), f"delta/{silo}", segments))
+
+    def _flight_tensors(self, name: str, owner: EmbeddingOwner) -> dict[str, Tensor]:
+        shards, prefix = self._engine.shards, f"flight/{name}"
+        tensors = inner_tensors(prefix, shards.optimizer_state(), shards.segments, self._world.leads_silo)
+        if self._exchange is not None:
+            tensors |= cut_by_name(f"{prefix}/body", shards.read(), shards.segments)
+        if self._world.leads_silo:
+            embedding = embedding_tensors(prefix, owner, with_optimizer=True)
+            if self._exchange is None:
+                embedding = {key: value for key, value in embedding.items() if "/embedding.optimizer/" in key}
+            tensors |= embedding
+        return tensors
+
+    def _carried(self, name: str) -> dict[str, Tensor]:
+        assert self._flight_index is not None
+        paths = [f"flight/{name}/{rest}" for rest in self._flight_index.paths(f"flight/{name}/")]
+        return {f"{path}@0": self._flight_index.read(path) for path in paths}
+
+    def _links(self) -> list[Path]:
+        """Store files this rank answers for: all ranks share the work by the files' names."""
+        ranks = self._world.layout.world_size
+        files = [file for name in self._sources.names for file in self._store.files(name)]
+        return [file for file in files if zlib.crc32(str(file.name).encode()) % ranks == self._world.launch.rank]
+
+    def _manifest(self, progress: RunProgress) -> dict[str, Any]:
+        config = self._config
+        batch_tokens = config.training.global_batch_size * config.model.seq_length
+        trained = {name for name, steps in progress.steps.items() if steps}
+        return {
+            "step": progress.round * config.dept.n_local,
+            "round": progress.round,
+            "tokens": progress.total_steps * batch_tokens,
+            "variant": config.dept.variant,
+            "vocabulary": self._sources.kind,
+            "phase": config.phase,
+            "seed": config.seed,
+            "model": config.model.model_dump(),
+            "body_shapes": self._engine.body_shapes,
+            "vocab_size": self._sources.vocab_size,
+            "sources": {
+                name: {
+                    "vocabulary": self._sources.kind,
+                    "vocabulary_size": len(self._sources.vocabularies[name]),
+                    "data": str(directory.path),
+                    "tokenizer_fingerprint": fingerprint(directory),
+                    "vocab_size": self._sources.vocabularies[name].vocab_size,
+                    "trained": name in trained or MIXTURE in trained,
+                }
+                for name, directory in self._sources.directories.items()
+            },
+            "progress": progress.dump(),
+            "trained_with": config.model_dump(mode="json"),
+        }
+
+    def _check(self, checkpoint: Checkpoint) -> None:
+        """What a resumed run must share with its checkpoint: everything that its numbers depend on but the layout."""
+        then, config = checkpoint.manifest["trained_with"], self._config
+        now = config.model_dump(mode="json")
+        pairs = [(section, then[section], now[section]) for section in ("seed", "phase", "model", "optimizer", "adapt")]
+        same = ("variant", "rounds", "n_local", "sources_per_round", "inner_state", "outer", "std_tau")
+        pairs += [(f"dept.{field}", then["dept"][field], now["dept"][field]) for field in same]
+        pairs += [
+            (f"training.{field}", then["training"][field], now["training"][field])
+            for field in ("global_batch_size", "precision")
+        ]
+        prints = {name: entry["tokenizer_fingerprint"] for name, entry in checkpoint.manifest["sources"].items()}
+        pairs.append(
+            ("sources", prints, {name: fingerprint(directory) for name, directory in self._sources.directories.items()})
+        )
+        for field, before, after in pairs:
+            if before != after:
+                raise CheckpointError(
+                    f"{checkpoint.directory} was trained with {field} {before}, this run has {after}; "
+                    "set it back, or choose another run_dir for a new run"
+                )
+
+
+def fingerprint(directory: DatasetDirectory) -> str:
+    """SHA-256 of the tokenizer that a dataset was made with."""
+    return str(directory.card["tokenizer"]["fingerprint"])

@@ -1,0 +1,72 @@
+"""Bytes a round must move, computed beforehand: what `--dry-run` prints and what the ledger is held against.
+
+The leading term is the paper's, 2 x |body| x (S - 1) / S elements a silo; padding of partitions and shares comes on top.
+Shapes: `S` silos, `D` data ranks of each, `h` hidden.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_dept.config.schema import RunConfig
+from megatron_dept.dept.sampling import assign_slots
+from megatron_dept.dept.variants import VARIANTS
+from megatron_dept.federation.body_exchange import share_size
+from megatron_dept.federation.row_table import block_size
+from megatron_dept.topology.layout import Layout
+from megatron_dept.training.sources import SourceSet
+
+FP32_BYTES = 4
+
+
+class TrafficPlan:
+    """`partitions`: elements of each data rank's partition of the body, padding included (equal in every silo)."""
+
+    def __init__(self, config: RunConfig, layout: Layout, sources: SourceSet, partitions: Sequence[int]) -> None:
+        self._layout = layout
+        self._sources = sources
+        self._partitions = partitions
+        self._variant = VARIANTS[config.dept.variant]
+        self._hidden = config.model.hidden_size
+        self._positions = config.model.seq_length if config.model.has_position_table else 0
+
+    def round_bytes(self, sampled: Sequence[str]) -> dict[str, int]:
+        """Bytes sent by all ranks in a round of these sources, by kind, where no source is left out."""
+        if not self._variant.averages_body:
+            return {"body": 0, "embedding": 0, "position": 0}
+        slots = assign_slots(sampled, self._layout.silos)
+        tokens = positions = 0
+        if self._variant.token_rows == "shared":
+            assert self._sources.vocab_size is not None
+            tokens = self._row_bytes(
+                slots, self._sources.vocab_size, lambda name: self._sources.vocabularies[name].ids
+            )
+        if self._variant.position_rows == "shared" and self._positions:
+            every = np.arange(self._positions)
+            positions = self._row_bytes(slots, self._positions, lambda name: every)
+        return {"body": self.body_bytes(), "embedding": tokens, "position": positions}
+
+    def body_bytes(self) -> int:
+        """The body's reduce-scatter and all-gather among peers, of all ranks."""
+        silos = self._layout.silos
+        shares = sum(share_size(numel, silos) for numel in self._partitions)
+        return 2 * silos * (silos - 1) * shares * FP32_BYTES
+
+    def leading_term(self, body: int) -> int:
+        """The same by the formula alone, for a body of so many parameters: no padding."""
+        return 2 * body * (self._layout.silos - 1) * FP32_BYTES
+
+    def _row_bytes(self, slots, total_rows: int, ids_of) -> int:  # type: ignore[no-untyped-def]
+        """Rows fetched and returned between silos, and shared among a silo's data ranks after the fetch."""
+        silos, data = self._layout.silos, self._layout.data
+        block = block_size(total_rows, silos * data)
+        row = self._hidden * FP32_BYTES
+        total = 0
+        for slot in slots:
+            for silo, name in enumerate(slot):
+                if name is None:
+                    continue
+                owners = ids_of(name) // block % silos
+                remote = int((owners != silo).sum())
+                total += (2 * remote + (data - 1) * len(owners)) * row
+        return total

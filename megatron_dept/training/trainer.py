@@ -1,0 +1,357 @@
+"""The round loop: DEPT's algorithm 1 over silos, and the synchronous baselines as the same loop with one silo.
+
+    a round: sample sources -> slots of one source a silo -> local phases -> outer step -> validate -> checkpoint
+
+Every silo joins every collective in the same order, idle or not. Inside a slot silos run free; they meet where `_meet`
+is called: at the slot's end, at a checkpoint within it, and as soon as one of them is asked to stop.
+"""
+
+import hashlib
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_dept.common.errors import FederationError, UserError
+from megatron_dept.config.schema import RunConfig
+from megatron_dept.dept.sampling import assign_slots, sample_sources
+from megatron_dept.dept.schedule import ScheduleRule, cycle_learning_rate, learning_rate
+from megatron_dept.dept.variants import VARIANTS
+from megatron_dept.engine.silo_engine import SiloEngine
+from megatron_dept.engine.world import World
+from megatron_dept.federation.body_exchange import BodyExchange
+from megatron_dept.training.embeddings import EmbeddingBroker, HeldEmbedding
+from megatron_dept.training.inner_state import InnerState
+from megatron_dept.training.metrics import LedgerFile, Metrics, Pace
+from megatron_dept.training.progress_state import Flight, RunProgress
+from megatron_dept.training.signals import StopRequest
+from megatron_dept.training.sources import Source, SourceSet
+from megatron_dept.training.state import RunState
+from megatron_dept.training.step_report import StepReporter
+from megatron_dept.training.traffic_plan import TrafficPlan
+from megatron_dept.training.validation import Validation
+
+
+@dataclass
+class LocalPhase:
+    """This silo's turn of one source in one slot; an idle silo has none but keeps step with the others."""
+
+    source: Source | None
+    held: HeldEmbedding | None
+    step: int = 0
+    bad: int = 0
+    trained: int = 0
+    """Steps since the silos last met."""
+    skipped: int = 0
+    """Of those, the skipped ones."""
+    stop: bool = False
+
+    @property
+    def name(self) -> str | None:
+        return self.source.name if self.source is not None else None
+
+
+class Trainer:
+    """Runs a federation from its current progress to the last round, or until it is asked to stop."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        sources: SourceSet,
+        engine: SiloEngine,
+        exchange: BodyExchange | None,
+        broker: EmbeddingBroker,
+        inner: InnerState,
+        state: RunState,
+        progress: RunProgress,
+        metrics: Metrics,
+        stop: StopRequest,
+    ) -> None:
+        self._config = config
+        self._world = world
+        self._sources = sources
+        self._engine = engine
+        self._exchange = exchange
+        self._broker = broker
+        self._inner = inner
+        self._state = state
+        self.progress = progress
+        self._metrics = metrics
+        self._stop = stop
+        self._variant = VARIANTS[config.dept.variant]
+        self._body_is_global = False
+        self._active: tuple[str, ...] = ()
+        halved = config.adapt is not None and config.adapt.embedding == "own"
+        self._schedule = ScheduleRule(
+            maximum=config.optimizer.learning_rate / (2 if halved else 1),
+            minimum_ratio=config.optimizer.min_learning_rate_ratio,
+            warmup_steps=config.optimizer.warmup_steps,
+            total_steps=config.total_steps,
+            kind=config.optimizer.schedule,
+        )
+        self._validation = Validation(config, world, sources, engine, broker) if config.evaluation.interval_rounds else None
+        self._traffic = TrafficPlan(config, world.layout, sources, [engine.shards.numel] * world.layout.silo_size)
+        self._ledger_file = LedgerFile(config.run_dir / "ledger.json", progress.round) if world.is_writer else None
+        self._reporter = StepReporter(config, world, engine, metrics, Pace(self._steps_left()))
+        self._saved_at = progress.total_steps
+
+    def run(self) -> bool:
+        """Train to the end; False where the run was asked to stop and has saved itself."""
+        while self.progress.round < self._config.dept.rounds:
+            if not self._round():
+                return False
+        if self._saved_at != self.progress.total_steps:
+            self._save(None)
+        return True
+
+    def _round(self) -> bool:
+        began = time.perf_counter()
+        sampled = self._sampled(self.progress.round)
+        remaining = tuple(name for name in sampled if name not in self.progress.done)
+        for slot in assign_slots(remaining, self._world.layout.silos):
+            if not self._slot(slot):
+                return False
+        number = self.progress.round
+        entry = self._end_round(sampled)
+        if self._validation is not None and (number + 1) % self._config.evaluation.interval_rounds == 0:
+            self._validate(self._validation, number)
+        self._close_round(number, sampled, entry | {"seconds": time.perf_counter() - began})
+        if self._boundary_save_is_due(number):
+            self._save(None)
+        return True
+
+    def _slot(self, slot: tuple[str | None, ...]) -> bool:
+        """One source a silo, each to the end of its local phase; False where the run stopped inside it."""
+        self._active = tuple(name for name in slot if name is not None)
+        first_common = max((flight.step for flight in self.progress.flights.values()), default=0)
+        local = self._begin_phase(slot[self._world.place.silo])
+        if not self._train(local, self._save_steps(first_common)):
+            return False
+        dropped = local.name in self.progress.dropped
+        contributes = local.source is not None and not dropped
+        if contributes and self._exchange is not None:
+            self._exchange.add(self._engine.shards.read())
+        ids = local.source.vocabulary.ids if local.source is not None else None
+        self._broker.release(local.name, local.held if contributes else None, ids, self.progress.round)
+        if local.name is not None and contributes:
+            self._inner.end(local.name, self.progress.round)
+        for name in slot:
+            if name is not None:
+                del self.progress.flights[name]
+                self.progress.done.append(name)
+        return True
+
+    def _begin_phase(self, name: str | None) -> LocalPhase:
+        source = self._sources[name] if name is not None else None
+        flight = self.progress.flights.get(name) if name is not None else None
+        if self._exchange is not None and not self._body_is_global:
+            self._engine.shards.write(self._exchange.value)
+        self._body_is_global = False
+        vocabulary = source.vocabulary if source is not None else None
+        held = self._broker.acquire(name, vocabulary, self.progress.round, resuming=flight is not None)
+        if name is None or held is None:
+            return LocalPhase(None, None)
+        if flight is None:
+            self._inner.begin(name)
+            return LocalPhase(source, held)
+        if self._exchange is not None:
+            self._state.resume_flight(name, held.owner)
+        return LocalPhase(source, held, step=flight.step, bad=flight.bad)
+
+    def _train(self, local: LocalPhase, saves: set[int]) -> bool:
+        """The local phase to its end; False where the run stopped, and saved itself, on the way."""
+        self._reporter.start_phase()
+        while local.step < self._config.dept.n_local and not local.stop:
+            if local.source is not None and local.held is not None and not self._is_dropped(local.bad):
+                self._step(local, local.source, local.held)
+            else:
+                local.stop = self._stop.asked
+            local.step += 1
+            if local.step in saves and not local.stop:
+                if self._meet(local):
+                    self._save(local)
+                    return False
+                self._save(local)
+                self._reporter.start_phase()
+        if self._meet(local):
+            self._save(local)
+            return False
+        return True
+
+    def _step(self, local: LocalPhase, source: Source, held: HeldEmbedding) -> None:
+        config = self._config
+        step = self.progress.round * config.dept.n_local + local.step
+        cursor = self.progress.cursors.get(source.name, 0) + local.trained * config.training.global_batch_size
+        rate = learning_rate(step, self._schedule)
+        embedding_rate = rate
+        if self._variant.resets_embedding:
+            embedding_rate = cycle_learning_rate(step, config.dept.n_local, self._schedule)
+        result = self._engine.train_step(
+            self._micro_batches(source.batch(cursor, config.training.global_batch_size)),
+            held.owner,
+            rate,
+            embedding_rate,
+            stop=self._stop.asked,
+            want_activation_norm=self._reporter.wants_norms(step),
+        )
+        local.trained += 1
+        local.stop = result.stop
+        local.bad += result.skipped
+        local.skipped += result.skipped
+        steps = self.progress.steps.get(source.name, 0) + local.trained
+        self._reporter.report(
+            source.name, held.owner.module, len(source.vocabulary), self.progress.round, step, steps, rate, result
+        )
+        if self._is_dropped(local.bad):
+            self._too_many_bad_steps(source.name, local.bad, step)
+
+    def _micro_batches(self, batch: np.ndarray) -> list[tuple[Tensor, Tensor]]:
+        """This data rank's part of a batch [B, L + 1]: micro-batch m of rank d is the (m x D + d)-th piece."""
+        size, data = self._config.training.micro_batch_size, self._world.layout.data
+        pieces = torch.from_numpy(batch).view(-1, data, size, batch.shape[1])[:, self._world.place.data]
+        return [
+            (piece[:, :-1].contiguous().to(self._world.device), piece[:, 1:].contiguous().to(self._world.device))
+            for piece in pieces
+        ]
+
+    def _is_dropped(self, bad: int) -> bool:
+        return bad > self._config.dept.max_bad_steps
+
+    def _too_many_bad_steps(self, name: str, bad: int, step: int) -> None:
+        what = f"source {name}: {bad} steps of round {self.progress.round + 1} had a gradient that is not finite"
+        if self._config.dept.on_bad_steps == "stop":
+            raise UserError(
+                f"{what} (max_bad_steps {self._config.dept.max_bad_steps}, last at step {step + 1}); lower "
+                "optimizer.learning_rate, or set dept.on_bad_steps: drop"
+            )
+        if self._world.leads_silo:
+            self._metrics.warn(f"{what}; its delta is left out of the round")
+
+    def _meet(self, local: LocalPhase) -> bool:
+        """Tell all silos how far this one is; everyone's progress becomes equal. True where any was asked to stop."""
+        report = (local.name, local.step, local.bad, local.trained, local.skipped, local.stop)
+        local.trained = local.skipped = 0
+        progress, stop = self.progress, False
+        for name, step, bad, trained, skipped, asked in self._world.peers.all_gather_object(report):
+            stop = stop or asked
+            if name is None:
+                continue
+            progress.flights[name] = Flight(step, bad)
+            progress.steps[name] = progress.steps.get(name, 0) + trained
+            batch = self._config.training.global_batch_size
+            progress.cursors[name] = progress.cursors.get(name, 0) + trained * batch
+            progress.skipped += skipped
+            if self._is_dropped(bad) and name not in progress.dropped:
+                progress.dropped.append(name)
+        return stop
+
+    def _end_round(self, sampled: tuple[str, ...]) -> dict[str, object]:
+        """The outer step: new global body and shared rows everywhere; what the round's log entry says of it."""
+        began = time.perf_counter()
+        entry: dict[str, object] = {"dropped": list(self.progress.dropped)}
+        if self._exchange is not None:
+            before = self._exchange.value.clone()
+            self._exchange.finish(len(sampled) - len(self.progress.dropped))
+            self._broker.end_round()
+            self._engine.shards.write(self._exchange.value)
+            self._body_is_global = True
+            entry["delta_norm"] = float(torch.linalg.vector_norm(before.sub_(self._exchange.value)))
+            entry["body_hash"] = self._agree_on_body(self._exchange.value)
+        else:
+            entry["body_hash"] = hash_flat(self._engine.shards.read())
+        # The store's files of this round are written before anyone reads them in the next.
+        self._world.barrier()
+        self.progress.round += 1
+        self.progress.done, self.progress.dropped = [], []
+        return entry | {"exchange_seconds": time.perf_counter() - began}
+
+    def _agree_on_body(self, value: Tensor) -> str:
+        """The hash of this rank's partition of the global body, which must be every peer's."""
+        mine = hash_flat(value)
+        hashes = self._world.peers.all_gather_object(mine)
+        if set(hashes) != {mine}:
+            raise FederationError(
+                f"silos hold different bodies after round {self.progress.round + 1}: {hashes}; "
+                "this is a fault of memory or network, start again from the last checkpoint"
+            )
+        return mine
+
+    def _validate(self, validation: Validation, number: int) -> None:
+        step = self.progress.round * self._config.dept.n_local
+        for name, score in validation.run().items():
+            self._metrics.write(
+                "validation",
+                round=number,
+                step=step,
+                source=name,
+                loss=score.nats_per_token,
+                perplexity=score.perplexity,
+                bits_per_byte=score.bits_per_byte,
+                tokens=score.tokens,
+            )
+            self._engine.write_monitor([(f"{name}/validation_bits_per_byte", score.bits_per_byte, step)])
+            self._metrics.say(f"round {number + 1} validation {name}: {score.bits_per_byte:.4f} bits per byte")
+
+    def _close_round(self, number: int, sampled: tuple[str, ...], entry: dict[str, object]) -> None:
+        batch_tokens = self._config.training.global_batch_size * self._config.model.seq_length
+        self._metrics.write(
+            "round",
+            round=number,
+            step=self.progress.round * self._config.dept.n_local,
+            sources=list(sampled),
+            total_tokens=self.progress.total_steps * batch_tokens,
+            **entry,
+        )
+        counts = self._world.gather_all(self._world.ledger.take())
+        if self._ledger_file is not None:
+            predicted = self._traffic.round_bytes(sampled) if self._exchange is not None else {}
+            self._ledger_file.add(number, counts, predicted, self.progress.total_steps)  # type: ignore[arg-type]
+
+    def _save(self, local: LocalPhase | None) -> None:
+        flight = None
+        if self._exchange is None:
+            assert self._broker.resident is not None
+            flight = (self._sources.trained[0], self._broker.resident)
+        elif local is not None and local.name is not None and local.held is not None:
+            flight = (local.name, local.held.owner)
+        path = self._state.save(self.progress, flight, self._active)
+        self._saved_at = self.progress.total_steps
+        if self._world.is_writer:
+            self._metrics.say(f"saved {path}")
+
+    def _save_steps(self, first_common: int) -> set[int]:
+        """Steps of a local phase after which all silos save: only those that every silo still has before it."""
+        checkpoint, n_local = self._config.checkpoint, self._config.dept.n_local
+        if checkpoint.save_interval_unit != "steps" or not checkpoint.save_interval:
+            return set()
+        base = self.progress.round * n_local
+        return {step for step in range(first_common + 1, n_local) if (base + step) % checkpoint.save_interval == 0}
+
+    def _boundary_save_is_due(self, number: int) -> bool:
+        checkpoint = self._config.checkpoint
+        if not checkpoint.save_interval:
+            return False
+        if checkpoint.save_interval_unit == "rounds":
+            return (number + 1) % checkpoint.save_interval == 0
+        n_local = self._config.dept.n_local
+        return (number + 1) * n_local // checkpoint.save_interval > number * n_local // checkpoint.save_interval
+
+    def _sampled(self, number: int) -> tuple[str, ...]:
+        names = self._sources.trained
+        count = len(names) if self._variant.synchronous else (self._config.dept.sources_per_round or len(names))
+        return sample_sources(self._config.seed, number, names, count)
+
+    def _steps_left(self) -> int:
+        """Inner steps this silo still has to do, for the time left."""
+        silos, n_local = self._world.layout.silos, self._config.dept.n_local
+        sampled = len(self._sampled(0))
+        rounds = self._config.dept.rounds - self.progress.round
+        return rounds * -(-sampled // silos) * n_local
+
+
+def hash_flat(flat: Tensor) -> str:
+    """A short hash of a tensor's bits."""
+    return hashlib.blake2b(flat.detach().cpu().numpy().tobytes(), digest_size=8).hexdigest()

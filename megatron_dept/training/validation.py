@@ -1,0 +1,63 @@
+"""Every source's held-out text, scored with the global body at a round's end; silos share the sources."""
+
+import torch
+from torch import Tensor
+
+from megatron_dept.config.schema import RunConfig
+from megatron_dept.dept.sampling import assign_slots
+from megatron_dept.engine.silo_engine import SiloEngine
+from megatron_dept.engine.world import World
+from megatron_dept.evaluation.heldout import HeldoutText, heldout_windows
+from megatron_dept.evaluation.perplexity import Score, score
+from megatron_dept.models.embedding import SourceEmbedding
+from megatron_dept.training.embeddings import EmbeddingBroker
+from megatron_dept.training.sources import SourceSet
+
+
+class Validation:
+    """Scores the sources; a source that has no embedding yet (SPEC, never sampled) is left out."""
+
+    def __init__(
+        self, config: RunConfig, world: World, sources: SourceSet, engine: SiloEngine, broker: EmbeddingBroker
+    ) -> None:
+        self._config = config
+        self._world = world
+        self._sources = sources
+        self._engine = engine
+        self._broker = broker
+        self._slots = assign_slots(sources.names, world.layout.silos)
+        self._texts = {slot[world.place.silo]: self._heldout(slot[world.place.silo]) for slot in self._slots}
+
+    def run(self) -> dict[str, Score]:
+        """Scores of the sources this silo evaluates, whole texts on every rank; collective."""
+        scores: dict[str, Score] = {}
+        for slot in self._slots:
+            name = slot[self._world.place.silo]
+            vocabulary = self._sources.vocabularies[name] if name is not None else None
+            embedding = self._broker.view(name, vocabulary)
+            text = self._texts[name]
+            if name is None or embedding is None or text is None:
+                continue
+            parts = self._world.silo.all_gather_object(self._score(embedding, text))
+            scores[name] = sum(parts[1:], parts[0])
+        return scores
+
+    def _score(self, embedding: SourceEmbedding, text: HeldoutText) -> Score:
+        device = self._world.device
+
+        def forward(inputs: Tensor, targets: Tensor) -> Tensor:
+            return self._engine.token_losses(embedding, inputs.to(device), targets.to(device))
+
+        with torch.no_grad():
+            return score(forward, text, self._config.training.micro_batch_size)
+
+    def _heldout(self, name: str | None) -> HeldoutText | None:
+        if name is None:
+            return None
+        text = heldout_windows(
+            self._sources.directories[name],
+            self._config.model.seq_length,
+            self._config.evaluation.max_tokens,
+            self._sources.vocabularies[name],
+        )
+        return text.share(self._world.silo.rank, self._world.silo.size)

@@ -1,0 +1,76 @@
+"""The main job: pre-train (or adapt) with DEPT.
+
+    deepspeed pretrain_dept.py RUN.yaml [--section.field VALUE ...] [--dry-run]
+    torchrun --nproc-per-node N pretrain_dept.py RUN.yaml ...
+    python pretrain_dept.py RUN.yaml ...                       one process, all sources in turn
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from megatron_dept.common.errors import EXIT_USER_ERROR, ConfigError, UserError
+from megatron_dept.config.load import describe_fields, load_config
+from megatron_dept.topology.launch import Launch, read_launch
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """This program's own flags, and what is left: dotted fields of the configuration."""
+    parser = argparse.ArgumentParser(
+        prog="pretrain_dept.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="fields, each also a flag:\n" + "\n".join(describe_fields()),
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="RUN.yaml", help="the run's configuration")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan of the run and end; nothing is allocated")
+    parser.add_argument("--ranks", type=int, default=None, help="with --dry-run: ranks to plan for (default: this launch's)")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
+    return parser.parse_known_args(argv)
+
+
+def main(argv: Sequence[str], launch: Launch) -> int:
+    """Run as told; the exit code: 0 finished, or asked to stop and saved."""
+    arguments, overrides = parse(argv)
+    config = load_config(arguments.config, overrides)
+    if arguments.dry_run:
+        from megatron_dept.training.plan import print_plan
+
+        if launch.rank == 0:
+            print_plan(config, arguments.ranks or launch.world_size)
+        return 0
+    # Imported late: a mistake in the configuration is told at once, not after torch and DeepSpeed have loaded.
+    from megatron_dept.training.setup import run
+
+    if not run(config, launch) and launch.rank == 0:
+        print(f"stopped as asked; the same command goes on from {config.run_dir / 'checkpoints'}", flush=True)
+    return 0
+
+
+def guarded(argv: Sequence[str]) -> int:
+    """`main`, with what a user can mend told in one line and everything else with its traceback."""
+    launch = Launch(0, 1, 0, 1, "", 0)
+    try:
+        launch = read_launch()
+        return main(argv, launch)
+    except UserError as error:
+        # Every rank finds the same mistake in a configuration; one line a node is enough.
+        if launch.local_rank == 0 or not isinstance(error, ConfigError):
+            where = f"rank {launch.rank}: " if launch.world_size > 1 else ""
+            print(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+if __name__ == "__main__":
+    code = guarded(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        # No destructor of a half-dead process group may keep this rank from leaving: the others wait for it to.
+        os._exit(code)

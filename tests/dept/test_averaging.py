@@ -1,0 +1,99 @@
+"""TRIM's mean per row against numpy, and GLOB as the case that everyone holds everything."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_dept.dept.averaging import RowMean, mean_delta
+
+
+@st.composite
+def rounds(draw):
+    """Rows, hidden size, and for each source the rows it holds (in any order) with fp32 deltas."""
+    rows, hidden = draw(st.integers(1, 12)), draw(st.integers(1, 5))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    held = draw(st.lists(st.lists(st.integers(0, rows - 1), unique=True), max_size=5))
+    return rows, hidden, [(ids, generator.standard_normal((len(ids), hidden)).astype(np.float32)) for ids in held]
+
+
+def reference(rows, hidden, sources, dtype):
+    """For each row, the deltas of its holders in order, summed and divided by their number; `held` beside it."""
+    mean, held = np.zeros((rows, hidden), dtype), np.zeros(rows, bool)
+    for row in range(rows):
+        deltas = [delta[ids.index(row)].astype(dtype) for ids, delta in sources if row in ids]
+        if deltas:
+            total = np.zeros(hidden, dtype)
+            for delta in deltas:
+                total = total + delta
+            mean[row], held[row] = total / dtype(len(deltas)), True
+    return mean, held
+
+
+def accumulate(rows, hidden, sources):
+    accumulator = RowMean(rows, hidden)
+    for ids, delta in sources:
+        accumulator.add(torch.tensor(ids, dtype=torch.int64), torch.from_numpy(delta))
+    return accumulator
+
+
+@given(rounds())
+def test_each_row_is_the_mean_over_its_holders(case):
+    rows, hidden, sources = case
+    mean, held = accumulate(rows, hidden, sources).mean()
+    expected, expected_held = reference(rows, hidden, sources, np.float32)
+    assert np.array_equal(held.numpy(), expected_held)
+    assert np.array_equal(mean.numpy(), expected)  # the same sums in the same order: bitwise
+    exact, _ = reference(rows, hidden, sources, np.float64)
+    # At most five terms of size ~5: five roundings of sums below 25, 5 x 25 x 2^-24 < 1e-5.
+    np.testing.assert_allclose(mean.numpy(), exact, rtol=0, atol=1e-5)
+
+
+@given(rounds())
+def test_reading_the_mean_changes_nothing_and_reset_forgets(case):
+    accumulator = accumulate(*case)
+    first, second = accumulator.mean(), accumulator.mean()
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    accumulator.reset()
+    mean, held = accumulator.mean()
+    assert not held.any() and not mean.any()
+
+
+@given(rounds())
+def test_saved_sums_and_counts_continue_the_round(case):
+    rows, hidden, sources = case
+    half = len(sources) // 2
+    saved, resumed = accumulate(rows, hidden, sources[:half]), RowMean(rows, hidden)
+    resumed.sums.copy_(saved.sums)
+    resumed.counts.copy_(saved.counts)
+    for ids, delta in sources[half:]:
+        resumed.add(torch.tensor(ids, dtype=torch.int64), torch.from_numpy(delta))
+    assert torch.equal(resumed.mean()[0], accumulate(rows, hidden, sources).mean()[0])
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5))
+def test_sources_that_hold_every_row_give_the_dense_mean(seed, sources):
+    deltas = np.random.default_rng(seed).standard_normal((sources, 6, 3)).astype(np.float32)
+    mean, held = accumulate(6, 3, [(list(range(6)), delta) for delta in deltas]).mean()
+    dense = torch.zeros(6, 3)
+    for delta in deltas:
+        dense += torch.from_numpy(delta)
+    assert held.all()
+    assert torch.equal(mean, mean_delta(dense, sources))  # TRIM with V_k = V is GLOB, bitwise
+
+
+def test_a_row_whose_deltas_are_zero_is_held_all_the_same():
+    # It took part in the round: its momentum must go on, where a row held by none keeps it.
+    mean, held = accumulate(3, 2, [([1], np.zeros((1, 2), np.float32))]).mean()
+    assert held.tolist() == [False, True, False] and not mean.any()
+
+
+def test_a_row_held_twice_by_one_source_is_a_bug():
+    with pytest.raises(AssertionError, match="once"):
+        RowMean(3, 1).add(torch.tensor([1, 1]), torch.ones(2, 1))
+
+
+def test_deltas_of_another_shape_are_a_bug():
+    with pytest.raises(AssertionError):
+        RowMean(3, 2).add(torch.tensor([1]), torch.ones(1, 3))
