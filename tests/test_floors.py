@@ -106,7 +106,8 @@ def test_only_the_engine_imports_deepspeed():
         for path in sources()
         if any(name.split(".")[0] == "deepspeed" for name in imports(*parsed(path)))
     }
-    assert importers <= {("megatron_dept", "engine")}
+    # The tests' fork server imports it ahead, so that a rank need not.
+    assert importers <= {("megatron_dept", "engine"), ("tests", "support")}
 
 
 @pytest.mark.parametrize("room", WITHOUT_TORCH)

@@ -9,13 +9,16 @@ A tool is a file with `main(argv=None) -> int`, which raises `UserError` for wha
 import argparse
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import NoReturn
 
 from megatron_dept.common.errors import EXIT_USER_ERROR, ConfigError, UserError
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell expects of an interrupted program
+EXIT_TERMINATED = 143  # 128 + SIGTERM
 
 # The operating system's refusals that a user can mend; any other OSError is a bug and keeps its traceback.
 _MENDABLE = {
@@ -87,8 +90,10 @@ def run_tool(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | 
     """Run `main(argv)` and exit with its code; a `UserError` is one line `error: ...` on stderr and exit code 2.
 
     So are the operating system's mendable refusals (no such file, no space, no permission). Ctrl-C says so in one line
-    and exits 130. Anything else is a bug: its traceback is printed by Python and the exit code is 1.
+    and exits 130; SIGTERM exits 143, and like it lets `finally` clean up. Anything else is a bug: its traceback is
+    printed by Python and the exit code is 1.
     """
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         code = main(argv)
         sys.stdout.flush()
@@ -107,6 +112,10 @@ def run_tool(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | 
         where = f"{error.filename}: " if error.filename else ""
         code = _report(f"{where}{error.strerror}; {_MENDABLE[error.errno]}")
     sys.exit(code)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(EXIT_TERMINATED)
 
 
 def _report(message: str) -> int:

@@ -11,7 +11,9 @@ import numpy as np
 
 def seed_for(*parts: str | int) -> int:
     """A 63-bit seed from the meaning of the numbers to draw; equal parts give equal seeds on any platform."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    # numpy's integers print differently from Python's; the seed is that of the number.
+    plain = tuple(part if isinstance(part, str) else int(part) for part in parts)
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

@@ -6,6 +6,7 @@ Shapes: `b` sequences of a micro-batch on this rank, `s` tokens a sequence, `h` 
 import logging
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -163,4 +164,5 @@ class SiloEngine:
 def _quieten() -> None:
     """DeepSpeed's loggers tell nothing a user of this program can act on below an error."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    logging.getLogger("torch.distributed.distributed_c10d").setLevel(logging.ERROR)
+    # torch 2.13 renames collectives that DeepSpeed 0.19 still calls by their old names.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+` is deprecated")

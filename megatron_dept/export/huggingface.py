@@ -98,8 +98,8 @@ def export_model(
         )
         if not difference <= LOGIT_TOLERANCE:
             raise UserError(
-                f"{directory} is not written: its logits differ from the training code's by {difference:.2e}, more than "
-                f"{LOGIT_TOLERANCE:.0e}; please report this model's configuration"
+                f"{directory} is not written: its logits differ from the training code's by {difference:.2e}, more "
+                f"than {LOGIT_TOLERANCE:.0e}; please report this model's configuration"
             )
         positions = sum(len(sample) for sample in samples)
         card = model_card(title, config.architectures[0], facts, vocab_size, len(model.absent), difference, positions)
@@ -113,7 +113,8 @@ def check_tokenizer(tokenizer: Tokenizer, directory: Path, texts: Sequence[str])
     if mismatch is not None:
         raise UserError(
             f"{tokenizer.path}: transformers would treat the text {mismatch.text[:80]!r} differently (its "
-            f"{mismatch.what} would be {str(mismatch.exported)[:80]}, not {str(mismatch.ours)[:80]}); use another tokenizer"
+            f"{mismatch.what} would be {str(mismatch.exported)[:80]}, not {str(mismatch.ours)[:80]}); "
+            "train with another tokenizer"
         )
 
 

@@ -1,6 +1,6 @@
 """config.json and generation_config.json of the stock architecture that computes our model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from transformers import GenerationConfig, GPT2Config, LlamaConfig, PretrainedConfig
 
@@ -54,7 +54,7 @@ def transformers_config(config: ModelConfig, vocab_size: int, eod_id: int) -> Pr
     )
 
 
-def generation_config(eod_id: int, suppressed: Sequence[int]) -> GenerationConfig:
+def generation_config(eod_id: int, suppressed: Iterable[int]) -> GenerationConfig:
     """Generation stops at `eod_id` and never gives an id of `suppressed` (ids without an embedding row)."""
     return GenerationConfig(
         bos_token_id=eod_id,

@@ -18,8 +18,8 @@ def check_exportable(config: ModelConfig) -> None:
     """Raise `UserError` where no stock architecture computes what this model computes."""
     if config.position_embedding == "alibi":
         raise UserError(
-            "model.position_embedding alibi cannot be exported: no stock architecture of transformers holds it exactly; "
-            "train with learned positions or family llama"
+            "model.position_embedding alibi cannot be exported: no stock architecture of transformers holds it "
+            "exactly; train with learned positions or family llama"
         )
 
 

@@ -42,8 +42,11 @@ class BodyExchange:
 
     @torch.no_grad()
     def add(self, local: Tensor) -> None:
-        """Add value - local (fp32 [n]) to the round's delta."""
-        self.delta[: self.value.numel()].add_(self.value).sub_(local)
+        """Add value - local to the round's delta. `local` (fp32 [n]) is this rank's to consume: it becomes local - value.
+
+        One rounded difference a source, so that sources added in turn here, or one by each silo, sum to the same bits.
+        """
+        self.delta[: self.value.numel()].sub_(local.sub_(self.value))
 
     @torch.no_grad()
     def finish(self, sources: int) -> None:

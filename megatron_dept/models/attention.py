@@ -55,4 +55,4 @@ def split_qkv(fused: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor, Tenso
     groups, per_group = config.kv_heads, config.num_attention_heads // config.kv_heads
     rows = fused.reshape(groups, per_group + 2, config.head_size, *fused.shape[1:])
     query, key, value = rows.split((per_group, 1, 1), dim=1)
-    return tuple(part.reshape(-1, *fused.shape[1:]) for part in (query, key, value))  # type: ignore[return-value]
+    return tuple(part.reshape(-1, *fused.shape[1:]) for part in (query, key, value))

@@ -46,6 +46,13 @@ def body_from_state(config: ModelConfig, state: dict[str, torch.Tensor]) -> Tran
     return body
 
 
+def body_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter of the body of `config`, by name; nothing is allocated."""
+    with torch.device("meta"):
+        body = _empty_body(config, activation_checkpointing=False)
+    return {name: tuple(parameter.shape) for name, parameter in body.named_parameters()}
+
+
 def _empty_body(config: ModelConfig, activation_checkpointing: bool) -> Transformer:
     kind = GPTBody if config.family == "gpt" else LlamaBody
     return kind(config, activation_checkpointing)

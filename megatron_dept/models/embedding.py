@@ -52,7 +52,7 @@ class SourceEmbedding(nn.Module):
     forward = embed
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy of hidden [b, s, h] against local ids targets [b, s]: fp32 scalar, softmax over v alone."""
+        """Mean cross-entropy of hidden [b, s, h] against local ids [b, s]: fp32 scalar, softmax over v alone."""
         return linear_cross_entropy(hidden.flatten(0, 1), self.token, targets.flatten(), self.loss_chunk_tokens)
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:

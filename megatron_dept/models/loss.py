@@ -56,7 +56,7 @@ class _Chunks:
         self._logits = self._product if same else self._product.new_empty(self._product.shape, dtype=self.accumulate)
 
     def losses(self, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses [c], and exp(logits - max) [c, v] with its row sums [c, 1]: the unnormalised softmax, in the buffer."""
+        """Losses [c]; exp(logits - max) [c, v], in the buffer, and its row sums [c, 1]: the softmax before division."""
         states = self.hidden[start : start + self.chunk]
         logits = self._logits[: len(states)]
         product = torch.mm(states, self.weight.t(), out=self._product[: len(states)])

@@ -1,7 +1,7 @@
 """Who owns a parameter: the body (DeepSpeed's engine, averaged every round) or the embedding (the source's own).
 
 Every parameter says so when it is made, as a plain attribute, so that nothing ever has to guess it from a name. The
-attribute stays through `module.to(...)` and under ZeRO; it does not survive `copy.deepcopy`, which `check_tagged` finds.
+attribute stays through `module.to(...)` and under ZeRO; `copy.deepcopy` loses it, which `check_tagged` finds.
 """
 
 from typing import Literal

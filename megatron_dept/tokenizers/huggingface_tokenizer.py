@@ -50,7 +50,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eod_id = self._find_end(vocabulary)
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = {index: token.content for index, token in added.items() if not token.special}
-        self.special_ids = np.array(sorted({i for i, token in added.items() if token.special} | {self.eod_id}), np.int64)
+        self.special_ids = np.array(
+            sorted({i for i, token in added.items() if token.special} | {self.eod_id}), np.int64
+        )
 
     def _find_end(self, vocabulary: dict[str, int]) -> int:
         for name in END_NAMES:
@@ -64,7 +66,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         ids = [int(index) for index in ids]
         self._check_ids(ids)
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        specials = set(self.special_ids.tolist())
+        return self._tokenizer.decode([index for index in ids if index not in specials], skip_special_tokens=True)
 
     def _token_bytes(self) -> list[bytes]:
         to_bytes = self._token_decoder()
@@ -97,8 +100,8 @@ class HuggingFaceTokenizer(Tokenizer):
                 replacements.append((step["pattern"]["String"], step["content"]))
             elif kind not in _KEEPS_TOKEN:
                 raise DataError(
-                    f"{self.path} has decoder step {kind}, which does not give each token's own bytes; use a byte-level "
-                    "tokenizer or one with byte fallback"
+                    f"{self.path} has decoder step {kind}, which does not give each token's own bytes; use a "
+                    "byte-level tokenizer or one with byte fallback"
                 )
         alphabet = character_bytes()
 

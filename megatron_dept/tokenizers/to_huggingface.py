@@ -68,8 +68,7 @@ def to_huggingface(tokenizer: Tokenizer, directory: str | Path, model_max_length
         "eos_token": names[tokenizer.eod_id],
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # the letters of a special in a text stay letters, as in training
-        "add_bos_token": False,
-        "add_eos_token": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # or else generate() refuses token_type_ids
     }
     if isinstance(tokenizer, SentencePieceTokenizer):
         config |= {"unk_token": names[tokenizer.unknown_id]}
@@ -106,8 +105,8 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     proto = tokenizer.proto
     if not proto.lossless:
         raise DataError(
-            f"{tokenizer.path} normalizes text, adds a space, lacks byte fallback or has user-defined pieces, so it has "
-            "no exact export; train with a tokenizer.json, or with a model from tools/train_tokenizer.py"
+            f"{tokenizer.path} normalizes text, adds a space, lacks byte fallback or has user-defined pieces, so "
+            "it has no exact export; train with a tokenizer.json, or with a model from tools/train_tokenizer.py"
         )
     built = _unigram(tokenizer) if proto.model_type == "unigram" else _bpe(tokenizer)
     specials = [piece.text for piece in proto.pieces if piece.type in (model_proto.UNKNOWN, model_proto.CONTROL)]

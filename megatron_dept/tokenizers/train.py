@@ -32,15 +32,23 @@ class Sample:
     documents: list[str]
     size: int
 
-    @property
-    def sha256(self) -> str:
-        """Hex SHA-256 over the documents, each led by its length in bytes."""
-        digest = hashlib.sha256()
-        for document in self.documents:
-            data = document.encode()
-            digest.update(len(data).to_bytes(8, "little"))
-            digest.update(data)
-        return digest.hexdigest()
+
+def sample_digest(documents: Iterable[str]) -> str:
+    """Hex SHA-256 over documents, each led by its length in bytes: the name of what a model was trained on."""
+    digest = hashlib.sha256()
+    for document in documents:
+        data = document.encode()
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def coverage(text: str) -> float:
+    """The `character_coverage` that `text` spells: above 0, 1 at most. `ValueError` otherwise."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise ValueError(f"{text} is not above 0 and 1 at most")
+    return value
 
 
 def sample_documents(documents: Iterable[str], budget: int, seed: int) -> Sample:

@@ -23,6 +23,7 @@ from megatron_dept.topology.layout import Layout, accumulation_steps
 from megatron_dept.training.embeddings import EmbeddingBroker
 from megatron_dept.training.inner_state import InnerState
 from megatron_dept.training.metrics import Metrics
+from megatron_dept.training.plan import write_plan
 from megatron_dept.training.progress_state import RunProgress
 from megatron_dept.training.signals import StopRequest
 from megatron_dept.training.sources import SourceSet
@@ -59,6 +60,7 @@ def build_trainer(
     if world.is_writer:
         with atomic_write(config.run_dir / "config.yaml", "w") as handle:
             handle.write(dump_config(config))
+        write_plan(config, world.layout.world_size, config.run_dir / "plan.json")
     body = build_body(config.model, config.seed, config.training.activation_checkpointing)
     if start_from is not None:
         _load_body(body, start_from)

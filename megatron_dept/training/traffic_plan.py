@@ -4,7 +4,7 @@ The leading term is the paper's, 2 x |body| x (S - 1) / S elements a silo; paddi
 Shapes: `S` silos, `D` data ranks of each, `h` hidden.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -56,7 +56,9 @@ class TrafficPlan:
         """The same by the formula alone, for a body of so many parameters: no padding."""
         return 2 * body * (self._layout.silos - 1) * FP32_BYTES
 
-    def _row_bytes(self, slots, total_rows: int, ids_of) -> int:  # type: ignore[no-untyped-def]
+    def _row_bytes(
+        self, slots: Sequence[Sequence[str | None]], total_rows: int, ids_of: Callable[[str], np.ndarray]
+    ) -> int:
         """Rows fetched and returned between silos, and shared among a silo's data ranks after the fetch."""
         silos, data = self._layout.silos, self._layout.data
         block = block_size(total_rows, silos * data)

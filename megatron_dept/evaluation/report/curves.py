@@ -38,14 +38,16 @@ def validation_curves(record: RunRecord, sources: Sequence[str]) -> list[Curve]:
 
 
 def training_curves(record: RunRecord, sources: Sequence[str]) -> list[Curve]:
-    """Training loss by source; of a synchronous run, whose batches mix the sources, one line of source null."""
+    """Training loss by source and their mean; of a synchronous run, whose batches mix the sources, the blend's alone."""
+    whole = _smoothed(record, None, "loss", record.steps)
     if record.baseline:
-        return _smoothed(record, None, "loss", record.steps)
-    return [
+        return whole
+    of_sources = [
         curve
         for source in sources
         for curve in _smoothed(record, source, "loss", [line for line in record.steps if line["source"] == source])
     ]
+    return of_sources + whole
 
 
 def norm_curve(record: RunRecord, field: str) -> list[Curve]:
@@ -64,7 +66,8 @@ def _smoothed(record: RunRecord, source: str | None, field: str, lines: Iterable
     steps = np.array(sorted(by_step))
     values = np.array([np.mean(by_step[step]) for step in steps])
     stretches = np.array_split(np.arange(len(steps)), min(MOST_POINTS, len(steps)))
-    tokens = [float(steps[part].mean()) * record.tokens_per_step for part in stretches]
+    # Steps are counted from 0: after step i, i + 1 steps' tokens have been trained.
+    tokens = [float(steps[part].mean() + 1) * record.tokens_per_step for part in stretches]
     return [_curve(record, source, tokens, [float(values[part].mean()) for part in stretches])]
 
 

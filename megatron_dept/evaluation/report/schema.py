@@ -4,12 +4,20 @@ The descriptions here are the documentation: `describe()` writes docs/report-sch
 Numbers that were not measured are null, never zero.
 """
 
+import math
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 FORMAT_VERSION = 1
+
+Measured = Annotated[
+    float,
+    BeforeValidator(lambda value: math.inf if value is None else value),
+    PlainSerializer(lambda value: value if math.isfinite(value) else None, return_type=float | None, when_used="json"),
+]
+"""A score that may have overflowed: infinite in Python, null in JSON, which knows no infinity."""
 
 
 class Entry(BaseModel):
@@ -62,8 +70,10 @@ class Curves(Entry):
 class Score(Entry):
     """Held-out text of one source under one run."""
 
-    perplexity: float = Field(description="exp of nats a token; comparable on the same tokenizer only")
-    bits_per_byte: float = Field(description="comparable across tokenizers")
+    perplexity: Measured = Field(
+        description="exp of nats a token; comparable on the same tokenizer only; null where it overflowed"
+    )
+    bits_per_byte: Measured = Field(description="comparable across tokenizers; null where it is not finite")
     tokens: int = Field(description="scored tokens")
     replaced_tokens: int = Field(description="held-out tokens outside the vocabulary, scored by their byte pieces")
     vocabulary_size: int = Field(description="ids the softmax ran over")
@@ -118,19 +128,28 @@ class Communication(Entry):
 
     method: str
     run: str
+    baseline: bool = Field(description="STD or ACT")
     steps: int = Field(description="sequential steps")
     bytes_by_kind: dict[str, int] = Field(description="`scope/kind`: bytes sent in the whole run, summed over ranks")
     training_bytes_per_step: float = Field(description="gradient, parameter, body, embedding and position bytes a step")
     training_bytes_per_token: float
     predicted_bytes_per_step: float | None = Field(description="what --dry-run computed for the same kinds")
     formula_parameters_per_step: float = Field(description="the paper's Table 1: one payload, a step's share")
-    formula_bytes_per_step: float = Field(
-        description="the formula in bytes of this run, times 2 (n - 1): what n ranks send to exchange one payload"
+    formula_bytes_per_step: float | None = Field(
+        description="the formula in bytes of this run, times 2 (n - 1): what n ranks send to exchange one payload; "
+        "null where n is not known"
     )
-    exchanging_ranks: int = Field(description="n: silos, or the data-parallel ranks of STD and ACT")
-    reduction_measured: float | None = Field(description="bytes a step of the first STD run / of this run")
+    exchanging_ranks: int | None = Field(description="n: silos, or the data-parallel ranks of STD and ACT")
+    reduction_measured: float | None = Field(
+        description="training bytes a step of STD (tau 1 where there is one) / of this run"
+    )
     reduction_measured_per_token: float | None = Field(description="the same per trained token")
-    reduction_formula: float | None = Field(description="by the formula, in parameters, this configuration")
+    reduction_formula_parameters: float | None = Field(
+        description="by the formula at this configuration, in parameters, as the paper counts"
+    )
+    reduction_formula_bytes: float | None = Field(
+        description="by the formula at this configuration, in bytes of its precision (bf16 gradients, fp32 deltas)"
+    )
 
 
 class PaperSetting(Entry):

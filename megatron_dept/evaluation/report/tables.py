@@ -168,11 +168,15 @@ def _table_findings(table: Table, perplexity: bool) -> list[str]:
         f"Adapted from {start} embeddings, {where}: {best.method} has the best {unit} of the DEPT methods, "
         f"{value(best.average):.4g} against {value(rival.average):.4g} of the best baseline {rival.method}: {verdict}."
     ]
+    losers: dict[str, list[str]] = {}
     for row in dept:
         losses = [source for source in table.sources if _loses(row, source, value, baselines)]
         if losses:
-            many = "every source" if len(losses) == len(table.sources) else ", ".join(losses)
-            sentences.append(f"{row.method} loses to the best baseline on {many} (adapted from {start} embeddings).")
+            every = len(losses) == len(table.sources) > 1
+            losers.setdefault("every source" if every else ", ".join(losses), []).append(row.method)
+    for on, methods in losers.items():
+        verb = "loses" if len(methods) == 1 else "lose"
+        sentences.append(f"From {start} embeddings, {', '.join(methods)} {verb} to the best baseline on {on}.")
     return sentences
 
 
