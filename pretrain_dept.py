@@ -1,8 +1,8 @@
 """The main job: pre-train (or adapt) with DEPT.
 
-    deepspeed pretrain_dept.py RUN.yaml [--section.field VALUE ...] [--dry-run]
-    torchrun --nproc-per-node N pretrain_dept.py RUN.yaml ...
-    python pretrain_dept.py RUN.yaml ...                       one process, all sources in turn
+deepspeed pretrain_dept.py RUN.yaml [--section.field VALUE ...] [--dry-run]
+torchrun --nproc-per-node N pretrain_dept.py RUN.yaml ...
+python pretrain_dept.py RUN.yaml ...                       one process, all sources in turn
 """
 
 import argparse
@@ -26,8 +26,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     parser.add_argument("config", metavar="RUN.yaml", help="the run's configuration")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan of the run and end; nothing is allocated")
-    parser.add_argument("--ranks", type=int, default=None, help="with --dry-run: ranks to plan for (default: this launch's)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan of the run and end; nothing is allocated"
+    )
+    parser.add_argument(
+        "--ranks", type=int, default=None, help="with --dry-run: ranks to plan for (default: this launch's)"
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     return parser.parse_known_args(argv)
 

@@ -72,8 +72,7 @@ class Checkpoint:
     def body(self) -> dict[str, Tensor]:
         """The global body: fp32 tensors by the names of `build_body(...).named_parameters()`."""
         return {
-            name: self.index.read(f"body/{name}").view(shape)
-            for name, shape in self.manifest["body_shapes"].items()
+            name: self.index.read(f"body/{name}").view(shape) for name, shape in self.manifest["body_shapes"].items()
         }
 
     def vocabulary(self, source: str) -> np.ndarray:

@@ -29,7 +29,9 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
         os.replace(temporary, path)
     except OSError as error:
         _discard(temporary)
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another place") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another place"
+        ) from error
     except BaseException:
         _discard(temporary)
         raise

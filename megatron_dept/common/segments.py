@@ -22,6 +22,4 @@ class Segment:
         low, high = max(self.offset, part.start), min(self.place.stop, part.stop)
         if low >= high:
             return None
-        return Segment(
-            self.name, self.start + low - self.offset, self.start + high - self.offset, low - part.start
-        )
+        return Segment(self.name, self.start + low - self.offset, self.start + high - self.offset, low - part.start)

@@ -164,7 +164,7 @@ class TrainingConfig(Section):
     global_batch_size: int = Field(8, gt=0, description="sequences a silo trains a step")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     activation_checkpointing: bool = False
-    loss_chunk_tokens: int = Field(1024, gt=0, description="tokens whose logits exist at once in the loss")
+    loss_chunk_tokens: int = Field(256, gt=0, description="tokens whose logits exist at once in the loss")
     threads_per_rank: int | None = Field(None, gt=0, description="CPU threads; default: cores / local ranks")
     timeout_seconds: float = Field(600.0, gt=0, description="a collective waiting longer ends the run")
 
@@ -172,7 +172,9 @@ class TrainingConfig(Section):
     @classmethod
     def _no_fp16(cls, value: str) -> str:
         if value == "fp16":
-            raise ValueError("precision fp16 is refused (its loss scaling is not averaged over silos); choose bf16 or fp32")
+            raise ValueError(
+                "precision fp16 is refused (its loss scaling is not averaged over silos); choose bf16 or fp32"
+            )
         return value
 
 
@@ -243,7 +245,9 @@ class RunConfig(Section):
         if self.phase == "pretrain" and self.adapt is not None:
             raise ValueError("the section adapt needs phase: adapt")
         if self.phase == "adapt" and self.dept.variant != "std":
-            raise ValueError(f"phase adapt trains one global vocabulary: dept.variant must be std, not {self.dept.variant}")
+            raise ValueError(
+                f"phase adapt trains one global vocabulary: dept.variant must be std, not {self.dept.variant}"
+            )
         if self.dept.synchronous and self.parallel.silos != 1:
             raise ValueError(
                 f"variant {self.dept.variant} is synchronous: parallel.silos must be 1, not {self.parallel.silos}"

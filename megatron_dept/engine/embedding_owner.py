@@ -54,7 +54,7 @@ class EmbeddingOwner:
         """Scale the gradients by the joint clip `coefficient` and step; None discards them."""
         if coefficient is not None:
             if coefficient < 1:
-                torch._foreach_mul_([p.grad for p in self.module.parameters()], coefficient)
+                torch._foreach_mul_([p.grad for p in self.module.parameters() if p.grad is not None], coefficient)
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate
             self._optimizer.step()

@@ -66,9 +66,7 @@ def start_world(launch: Launch, layout: Layout, timeout_seconds: float) -> World
         store = _store(launch, timeout)
         silo_store = dist.HashStore() if store is None else dist.PrefixStore(f"silo-{place.silo}", store)
         silo_rank = launch.rank % layout.silo_size
-        dist.init_process_group(
-            backend, store=silo_store, rank=silo_rank, world_size=layout.silo_size, timeout=timeout
-        )
+        dist.init_process_group(backend, store=silo_store, rank=silo_rank, world_size=layout.silo_size, timeout=timeout)
         peers: Communicator = Alone()
         if layout.silos > 1:
             assert store is not None

@@ -103,9 +103,7 @@ class GroupCommunicator:
         options.rootRank = source
         self._run(self.group.broadcast([value], options), kind)
         if self.rank == source:
-            self._ledger.add(
-                self._scope, kind, all_gather_bytes(value.numel() * value.element_size(), self.size)
-            )
+            self._ledger.add(self._scope, kind, all_gather_bytes(value.numel() * value.element_size(), self.size))
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Everyone's picklable `value`, in rank order (control traffic: counts and flags, never tensors)."""

@@ -19,7 +19,8 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
+_PIECES, _TRAINER, _NORMALIZER = 1, 2, 3  # of the model
+_TEXT, _SCORE, _TYPE = 1, 2, 3  # of a piece
 
 
 @dataclass(frozen=True)
@@ -86,17 +87,19 @@ def map_scores(data: bytes, change: Callable[[Piece], float]) -> bytes:
     out = bytearray()
     for number, wire, value in _fields(data):
         if number == _PIECES:
-            piece = _parse_piece(value)
-            kept = b"".join(_field(n, w, v) for n, w, v in _fields(value) if n != 2)
-            value = kept + _field(2, _FIXED32, struct.pack("<f", change(piece)))
+            score = struct.pack("<f", change(_parse_piece(value)))
+            fields = [(n, w, score if n == _SCORE else v) for n, w, v in _fields(value)]
+            if not any(n == _SCORE for n, _, _ in fields):
+                fields.append((_SCORE, _FIXED32, score))
+            value = b"".join(_field(*entry) for entry in fields)
         out += _field(number, wire, value)
     return bytes(out)
 
 
 def _parse_piece(data: bytes) -> Piece:
     fields = _last(data)
-    score = fields.get(2, b"\0\0\0\0")
-    return Piece(fields.get(1, b"").decode(), struct.unpack("<f", score)[0], _number(fields, 3, NORMAL))
+    score = fields.get(_SCORE, b"\0\0\0\0")
+    return Piece(fields.get(_TEXT, b"").decode(), struct.unpack("<f", score)[0], _number(fields, _TYPE, NORMAL))
 
 
 def _last(data: bytes) -> dict[int, bytes]:

@@ -173,9 +173,7 @@ class EmbeddingBroker:
                 table.pending.sums.copy_(index.read(f"{part}.sums", first, last))
                 table.pending.counts.copy_(index.read(f"{part}.counts", first, last))
 
-    def _shared_rows(
-        self, vocabulary: VocabularyMap | None, kind: Kind | None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _shared_rows(self, vocabulary: VocabularyMap | None, kind: Kind | None) -> tuple[Tensor | None, Tensor | None]:
         ids = NO_IDS if vocabulary is None else torch.from_numpy(vocabulary.ids.copy())
         positions = NO_IDS if vocabulary is None else torch.arange(self._positions)
         token = self._tables["token"].gather(ids, kind) if "token" in self._tables else None

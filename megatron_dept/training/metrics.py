@@ -89,6 +89,8 @@ class LedgerFile:
             for key, value in of_rank.items():
                 scoped[key] += value
         kinds = {kind: sum(v for k, v in scoped.items() if k.endswith(f"/{kind}")) for kind in KINDS}
-        self._rounds.append({"round": round, "kinds": kinds, "groups": dict(sorted(scoped.items())), "predicted": predicted})
+        self._rounds.append(
+            {"round": round, "kinds": kinds, "groups": dict(sorted(scoped.items())), "predicted": predicted}
+        )
         totals = {kind: sum(entry["kinds"][kind] for entry in self._rounds) for kind in KINDS}
         write_json(self._path, {"per_round": self._rounds, "totals": totals, "steps": steps})

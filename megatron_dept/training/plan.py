@@ -8,7 +8,7 @@ an upper estimate, and the Python process itself is not counted.
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -97,7 +97,7 @@ def build_plan(config: RunConfig, ranks: int) -> dict[str, Any]:
     accumulation = accumulation_steps(config.training.global_batch_size, config.training.micro_batch_size, layout.data)
     partitions = partition_sizes(config.model, config.parallel.zero_stage, layout.data)
     variants = {}
-    for variant in VARIANTS:
+    for variant in get_args(Variant):
         if entry := _variant(config, layout, variant, partitions):
             variants[variant] = entry
     return {
@@ -150,9 +150,7 @@ def _variant(config: RunConfig, layout: Layout, variant: Variant, partitions: li
         parallel = parallel.model_copy(update={"silos": 1})
         layout = Layout.cut(parallel, layout.world_size)
         partitions = partition_sizes(config.model, parallel.zero_stage, layout.data)
-    same = config.model_copy(
-        update={"dept": config.dept.model_copy(update={"variant": variant}), "parallel": parallel}
-    )
+    same = config.model_copy(update={"dept": config.dept.model_copy(update={"variant": variant}), "parallel": parallel})
     if any(getattr(source, same.data_field) is None for source in same.sources):
         if variant == config.dept.variant:
             raise ConfigError(f"variant {variant} has no {same.data_field} for every source")
@@ -173,7 +171,9 @@ def _variant(config: RunConfig, layout: Layout, variant: Variant, partitions: li
         "embedding_parameters_largest_source": largest * config.model.hidden_size,
         "first_round_sources": list(sampled),
         "bytes_first_round": traffic.round_bytes(sampled),
-        "gradient_bytes_first_round": _gradient_bytes(same, layout, body + rows * config.model.hidden_size, len(sampled)),
+        "gradient_bytes_first_round": _gradient_bytes(
+            same, layout, body + rows * config.model.hidden_size, len(sampled)
+        ),
         "leading_term_body": traffic.leading_term(body) if VARIANTS[variant].averages_body else 0,
         "memory": {**asdict(memory), "total": memory.total},
     }
@@ -186,8 +186,19 @@ def _gradient_bytes(config: RunConfig, layout: Layout, parameters: int, sources:
 
 
 def _variants_table(plan: dict[str, Any]) -> Table:
-    columns = ("variant", "rows, largest source", "parameters", "body", "(formula)", "embedding", "position", "gradients")
-    table = Table(*columns, title="Bytes that all ranks send in the first round (gradients: within silos, leading term)")
+    columns = (
+        "variant",
+        "rows, largest source",
+        "parameters",
+        "body",
+        "(formula)",
+        "embedding",
+        "position",
+        "gradients",
+    )
+    table = Table(
+        *columns, title="Bytes that all ranks send in the first round (gradients: within silos, leading term)"
+    )
     for variant, entry in plan["variants"].items():
         sent = entry["bytes_first_round"]
         marked = f"[bold]{variant}[/bold]" if variant == plan["variant"] else variant

@@ -52,9 +52,7 @@ def run(config: RunConfig, launch: Launch) -> bool:
             dist.destroy_process_group()
 
 
-def build_trainer(
-    config: RunConfig, world: World, sources: SourceSet, start_from: Checkpoint | None = None
-) -> Trainer:
+def build_trainer(config: RunConfig, world: World, sources: SourceSet, start_from: Checkpoint | None = None) -> Trainer:
     """Everything a run consists of, at its last checkpoint or at its start; collective."""
     metrics = Metrics(config.run_dir, world.place.silo, world.leads_silo, world.leads_silo)
     if world.is_writer:

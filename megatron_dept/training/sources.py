@@ -53,8 +53,7 @@ class SourceSet:
         if MIXTURE in self.names:
             raise ConfigError(f"sources: the name {MIXTURE!r} is the blend's; choose another")
         self.directories = {
-            source.name: DatasetDirectory.open(getattr(source, config.data_field))  # type: ignore[arg-type]
-            for source in config.sources
+            source.name: DatasetDirectory.open(getattr(source, config.data_field)) for source in config.sources
         }
         if self._rule.vocabulary != "own":
             _check_one_tokenizer(config, self.directories)

@@ -53,9 +53,7 @@ class RunState:
         self._directory = config.run_dir / "checkpoints"
         self._flight_index: SliceIndex | None = None
 
-    def save(
-        self, progress: RunProgress, flight: tuple[str, EmbeddingOwner] | None, active: Collection[str]
-    ) -> Path:
+    def save(self, progress: RunProgress, flight: tuple[str, EmbeddingOwner] | None, active: Collection[str]) -> Path:
         """Write and commit a checkpoint; collective.
 
         `flight`: the source this silo is training, and its embedding; `active`: those all silos are training. Local

@@ -38,9 +38,7 @@ class TrafficPlan:
         tokens = positions = 0
         if self._variant.token_rows == "shared":
             assert self._sources.vocab_size is not None
-            tokens = self._row_bytes(
-                slots, self._sources.vocab_size, lambda name: self._sources.vocabularies[name].ids
-            )
+            tokens = self._row_bytes(slots, self._sources.vocab_size, lambda name: self._sources.vocabularies[name].ids)
         if self._variant.position_rows == "shared" and self._positions:
             every = np.arange(self._positions)
             positions = self._row_bytes(slots, self._positions, lambda name: every)

@@ -92,7 +92,9 @@ class Trainer:
             total_steps=config.total_steps,
             kind=config.optimizer.schedule,
         )
-        self._validation = Validation(config, world, sources, engine, broker) if config.evaluation.interval_rounds else None
+        self._validation = (
+            Validation(config, world, sources, engine, broker) if config.evaluation.interval_rounds else None
+        )
         self._traffic = TrafficPlan(config, world.layout, sources, [engine.shards.numel] * world.layout.silo_size)
         self._ledger_file = LedgerFile(config.run_dir / "ledger.json", progress.round) if world.is_writer else None
         self._reporter = StepReporter(config, world, engine, metrics, Pace(self._steps_left()))

@@ -24,9 +24,7 @@ def documents(source: str, count: int) -> list[str]:
     words = ["".join(generator.choice(letters, size=generator.integers(2, 7))) for _ in range(60)]
     chances = 1 / np.arange(1, len(words) + 1)
     chances /= chances.sum()
-    return [
-        " ".join(generator.choice(words, size=generator.integers(30, 90), p=chances)) + "\n" for _ in range(count)
-    ]
+    return [" ".join(generator.choice(words, size=generator.integers(30, 90), p=chances)) + "\n" for _ in range(count)]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ from megatron_dept.topology.launch import Launch
 TIME_LIMIT_SECONDS = 120
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, limit: float = TIME_LIMIT_SECONDS) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *arguments: Any, limit: float = TIME_LIMIT_SECONDS
+) -> list[Any]:
     """`function(launch, *arguments)` on every rank; their results in rank order.
 
     `function` is a module-level function, its arguments and result picklable. Raises AssertionError with the first

@@ -79,6 +79,8 @@ def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Ten
     """The largest |a - b| / |b| (L2 over a tensor) of two states with the same names."""
     assert left.keys() == right.keys(), left.keys() ^ right.keys()
     return max(
-        float(torch.linalg.vector_norm(left[name] - right[name]) / torch.linalg.vector_norm(right[name]).clamp(min=1e-12))
+        float(
+            torch.linalg.vector_norm(left[name] - right[name]) / torch.linalg.vector_norm(right[name]).clamp(min=1e-12)
+        )
         for name in left
     )

@@ -35,7 +35,9 @@ def write_datasets(root: Path) -> None:
             (folder / "card.json").write_text(json.dumps(card))
 
 
-def write_runs(root: Path, methods: tuple[str, ...] = tuple(LEVEL), protocols: tuple[str, ...] = ("random",)) -> list[Path]:
+def write_runs(
+    root: Path, methods: tuple[str, ...] = tuple(LEVEL), protocols: tuple[str, ...] = ("random",)
+) -> list[Path]:
     """Pre-training and adapt runs of the methods under root/runs; returns their directories."""
     write_datasets(root)
     paths = []
@@ -78,7 +80,8 @@ def write_pretrain(root: Path, method: str) -> Path:
             done = (step + 1) / (ROUNDS * n_local)
             line = {
                 "kind": "step", "step": step, "round": step // n_local, "source": source, "silo": 0,
-                "tokens": (step + 1) * BATCH * LENGTH, "loss": 4.0 + 4.5 * math.exp(-6 * done) + 0.05 * math.sin(7 * step),
+                "tokens": (step + 1) * BATCH * LENGTH,
+                "loss": 4.0 + 4.5 * math.exp(-6 * done) + 0.05 * math.sin(7 * step),
                 "learning_rate": 6e-4, "grad_norm": 1.0, "tokens_per_second": 9000.0, "mfu": 0.4, "skipped": False,
             }  # fmt: skip
             if step % 10 == 0:
@@ -131,7 +134,8 @@ def _validations(method: str, number: int, n_local: int, factor: float) -> list[
 def _round(number: int, n_local: int, steps: int, sources: list[str]) -> dict[str, Any]:
     return {
         "kind": "round", "round": number, "step": (number + 1) * n_local, "sources": sources, "seconds": 30.0,
-        "exchange_seconds": 0.4, "body_hash": "0" * 16, "total_tokens": (number + 1) * steps * BATCH * LENGTH, "silo": 0,
+        "exchange_seconds": 0.4, "body_hash": "0" * 16, "silo": 0,
+        "total_tokens": (number + 1) * steps * BATCH * LENGTH,
     }  # fmt: skip
 
 
@@ -157,9 +161,7 @@ def _write_ledger(run: Path, method: str, n_local: int) -> None:
     entries = [{"round": r, "kinds": {}, "groups": groups, "predicted": predicted} for r in range(ROUNDS)]
     steps = ROUNDS * N_LOCAL * len(SOURCES)
     layout = {"silos": 1, "data": 2} if variant in ("std", "act") else {"silos": SILOS, "data": 1}
-    (run / "ledger.json").write_text(
-        json.dumps({"per_round": entries, "totals": {}, "steps": steps, "layout": layout})
-    )
+    (run / "ledger.json").write_text(json.dumps({"per_round": entries, "totals": {}, "steps": steps, "layout": layout}))
 
 
 def _write_evaluation(run: Path, method: str, variant: str, phase: str, unseen: bool) -> None:
@@ -172,5 +174,11 @@ def _write_evaluation(run: Path, method: str, variant: str, phase: str, unseen: 
             "out_of_distribution": source == UNSEEN,
         }  # fmt: skip
     vocabulary = {"trim": "trimmed", "spec": "trimmed", "spec_opt": "own"}.get(variant, "global")
-    evaluation = {"run": str(run), "checkpoint": "step-00000120", "variant": variant, "phase": phase, "sources": sources}
+    evaluation = {
+        "run": str(run),
+        "checkpoint": "step-00000120",
+        "variant": variant,
+        "phase": phase,
+        "sources": sources,
+    }
     (run / "evaluation.json").write_text(json.dumps(evaluation | {"vocabulary": vocabulary}))

@@ -67,14 +67,14 @@ def _cost_findings(communication: Sequence[Communication]) -> list[str]:
     if not dept:
         return []
     best = max(dept, key=lambda entry: entry.reduction_measured or 0.0)
-    per_token = "" if best.reduction_measured_per_token is None else f" ({best.reduction_measured_per_token:,.1f}x a token)"
-    paper = next(
-        entry for entry in paper_settings() if entry.setting == PAPER_REDUCTION and entry.method == "SPEC-OPT"
+    per_token = (
+        "" if best.reduction_measured_per_token is None else f" ({best.reduction_measured_per_token:,.1f}x a token)"
     )
+    paper = next(entry for entry in paper_settings() if entry.setting == PAPER_REDUCTION and entry.method == "SPEC-OPT")
     return [
-        f"{best.method} sent {best.reduction_measured:,.1f}x fewer bytes a sequential step than STD, as measured{per_token}; "
-        f"by the formulas at the paper's 1.3B with 500 local steps it is {paper.reduction_parameters:,.0f}x in parameters "
-        f"and {paper.reduction_bytes:,.0f}x in bytes."
+        f"{best.method} sent {best.reduction_measured:,.1f}x fewer bytes a sequential step than STD, as measured"
+        f"{per_token}; by the formulas at the paper's 1.3B with 500 local steps SPEC-OPT sends "
+        f"{paper.reduction_parameters:,.0f}x fewer parameters and {paper.reduction_bytes:,.0f}x fewer bytes."
     ]
 
 
@@ -107,5 +107,7 @@ def _notes(records: Sequence[RunRecord], communication: Sequence[Communication])
         notes.append(f"Dataset cards of these runs were not found, so their costs are left out: {', '.join(missing)}.")
     skipped = {r.name: sum(bool(line.get("skipped")) for line in r.steps) for r in records}
     if any(skipped.values()):
-        notes.append("Steps skipped for a non-finite gradient: " + ", ".join(f"{n} {c}" for n, c in skipped.items() if c) + ".")
+        notes.append(
+            "Steps skipped for a non-finite gradient: " + ", ".join(f"{n} {c}" for n, c in skipped.items() if c) + "."
+        )
     return notes

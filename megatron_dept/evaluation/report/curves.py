@@ -38,7 +38,7 @@ def validation_curves(record: RunRecord, sources: Sequence[str]) -> list[Curve]:
 
 
 def training_curves(record: RunRecord, sources: Sequence[str]) -> list[Curve]:
-    """Training loss by source and their mean; of a synchronous run, whose batches mix the sources, the blend's alone."""
+    """Training loss by source and their mean; of a synchronous run, which blends the sources, one line."""
     whole = _smoothed(record, None, "loss", record.steps)
     if record.baseline:
         return whole

@@ -133,8 +133,10 @@ def _communication(record: RunRecord, sizes: costs.Sizes, reference: RunRecord |
         formula_parameters_per_step=costs.communication_per_step(variant, sizes),
         formula_bytes_per_step=None if ranks is None else payload * 2 * (ranks - 1),
         exchanging_ranks=ranks,
-        reduction_measured=_ratio(against, reference and reference.last_step, sent, steps),
-        reduction_measured_per_token=_ratio(against, reference and reference.total_tokens, sent, tokens),
+        reduction_measured=_ratio(against, None if reference is None else reference.last_step, sent, steps),
+        reduction_measured_per_token=_ratio(
+            against, None if reference is None else reference.total_tokens, sent, tokens
+        ),
         reduction_formula_parameters=None if reference is None else costs.reduction(variant, sizes),
         reduction_formula_bytes=None
         if reference is None

@@ -30,10 +30,18 @@ def draw_figures(report: Report, folder: Path) -> dict[str, str]:
     curves = report.curves
     drawn = {
         "heldout_bits_per_byte": panels(
-            curves.heldout_bits_per_byte, report.trained_sources, "bits per byte", "mean of the sources", folder / "heldout.png"
+            curves.heldout_bits_per_byte,
+            report.trained_sources,
+            "bits per byte",
+            "mean of the sources",
+            folder / "heldout.png",
         ),
         "adapt_bits_per_byte": panels(
-            curves.adapt_bits_per_byte, report.trained_sources, "bits per byte", "mean of the sources", folder / "adapt.png"
+            curves.adapt_bits_per_byte,
+            report.trained_sources,
+            "bits per byte",
+            "mean of the sources",
+            folder / "adapt.png",
         ),
         "training_loss": panels(
             curves.training_loss, report.trained_sources, "nats a token", "all sources", folder / "training.png"
@@ -129,7 +137,8 @@ def _label_dots(axis: Axes, dots: Sequence[tuple[str, float]]) -> None:
             method, xy=(x, -0.14), xytext=(place, -0.62), color=colour_of(method), fontsize=8.5, fontweight="bold",
             ha="center", va="bottom", annotation_clip=False,
             arrowprops={
-                "arrowstyle": "-", "color": colour_of(method), "lw": 0.5, "shrinkA": 0, "shrinkB": 0, "relpos": (0.5, 0),
+                "arrowstyle": "-", "color": colour_of(method), "lw": 0.5, "shrinkA": 0, "shrinkB": 0,
+                "relpos": (0.5, 0),
             },
         )  # fmt: skip
 
@@ -196,7 +205,11 @@ def communication(report: Report, path: Path) -> Path | None:
         axis.plot(entry.training_bytes_per_step, place, "o", markersize=8, color=colour, zorder=3)
         if entry.formula_bytes_per_step:
             axis.plot(entry.formula_bytes_per_step, place, "|", markersize=16, markeredgewidth=1.6, color=INK, zorder=4)
-        times = "" if not entry.reduction_measured or entry.reduction_measured < 1.005 else f"  1/{entry.reduction_measured:,.0f}"
+        times = (
+            ""
+            if not entry.reduction_measured or entry.reduction_measured < 1.005
+            else f"  1/{entry.reduction_measured:,.0f}"
+        )
         text = f"{short(entry.training_bytes_per_step)}B{times}"
         axis.annotate(
             text, (entry.training_bytes_per_step, place), xytext=(0, 8), textcoords="offset points", fontsize=8.5,

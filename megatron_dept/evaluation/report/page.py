@@ -8,8 +8,10 @@ from pathlib import Path
 
 from megatron_dept.evaluation.report.figures import short
 from megatron_dept.evaluation.report.schema import Communication, Report, Row, Table
-from megatron_dept.evaluation.report.style import colour_of
+from megatron_dept.evaluation.report.style import DPI, colour_of
 from megatron_dept.evaluation.report.tables import AVERAGE, cell
+
+CSS_DPI = 96  # pixels of a page an inch
 
 _CSS = """
 body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; color: #22272e; background: #fff;
@@ -20,7 +22,8 @@ h3 { font-size: 1rem; margin: 1.8rem 0 .3rem; } p { max-width: 52rem; margin: .4
 ul { padding-left: 1.2rem; max-width: 54rem; } li { margin: .3rem 0; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .75rem; text-align: right; vertical-align: top; white-space: nowrap; }
-th { font-weight: 600; border-bottom: 1.5px solid #22272e; vertical-align: bottom; font-size: .88rem; }
+th { font-weight: 600; border-bottom: 1.5px solid #22272e; vertical-align: bottom; font-size: .88rem;
+  white-space: normal; }
 th:first-child, td:first-child, .text { text-align: left; } td:first-child { font-weight: 600; }
 tr.rule td { border-top: 1px solid #c6cbd1; } td small { display: block; font-size: .76rem; line-height: 1.25; }
 .best { font-weight: 700; text-decoration: underline; text-underline-offset: 3px; } .good { color: #1b7f4b; }
@@ -47,8 +50,8 @@ def write_page(report: Report, folder: Path) -> str:
         _runs_table(report),
         "<h3>Notes</h3>",
         _bullets(report.notes),
-        '<p class="faint">Every number here is in <code>report.json</code> beside this page; its fields are described in '
-        "<code>docs/report-schema.md</code>.</p>",
+        '<p class="faint">Every number here is in <code>report.json</code> beside this page; '
+        "<code>docs/report-schema.md</code> describes its fields.</p>",
     ]
     body = "\n".join(part for part in parts if part)
     return (
@@ -159,7 +162,15 @@ def _cost_sections(report: Report, folder: Path) -> list[str]:
             ]
             for entry in report.memory
         ]  # fmt: skip
-        head = ("method", "ids, mean", "ids, largest", "embedding parameters", "MB in fp32", "model parameters", "smaller by")
+        head = (
+            "method",
+            "ids, mean",
+            "ids, largest",
+            "embedding parameters",
+            "MB in fp32",
+            "model parameters",
+            "smaller by",
+        )
         parts += [
             "<h2>Embedding memory</h2>",
             "<p>What a silo holds while it trains a source, mean over sources. Gradients and AdamW's two moments come "
@@ -175,28 +186,37 @@ def _cost_sections(report: Report, folder: Path) -> list[str]:
             "evaluation are listed and not compared. A method that runs several sources in turn on one silo exchanges "
             "embedding rows for each, which the formula, with a silo for each source, does not have.</p>",
             _picture(report, folder, "communication"),
-            _communication_table(report.communication),
+            *_communication_tables(report.communication),
         ]
     parts += ["<h3>By the formulas, at the paper's sizes (500 local steps)</h3>", _paper_table(report)]
     return parts
 
 
-def _communication_table(entries: Sequence[Communication]) -> str:
-    kinds = list(dict.fromkeys(kind for entry in entries for kind in entry.bytes_by_kind))
-    head = ["method", "steps", *(f"{kind} B/step" for kind in kinds), "training B/step", "computed beforehand", "formula",
-            "less than STD, a step", "a token", "by formula: parameters", "bytes"]  # fmt: skip
+def _communication_tables(entries: Sequence[Communication]) -> list[str]:
+    head = ("method", "steps", "training, measured", "computed beforehand", "formula", "parameters, formula",
+            "less than STD, measured", "... a token", "by formula, parameters", "by formula, bytes")  # fmt: skip
     rows = [
         [
-            _method_cell(entry.method), f"{entry.steps:,}",
-            *(short(entry.bytes_by_kind.get(kind, 0) / entry.steps) if kind in entry.bytes_by_kind else "0" for kind in kinds),
-            short(entry.training_bytes_per_step), _optional(entry.predicted_bytes_per_step),
-            _optional(entry.formula_bytes_per_step), _times(entry.reduction_measured),
+            _method_cell(entry.method), f"{entry.steps:,}", f"{short(entry.training_bytes_per_step)}B",
+            _bytes(entry.predicted_bytes_per_step), _bytes(entry.formula_bytes_per_step),
+            short(entry.formula_parameters_per_step), _times(entry.reduction_measured),
             _times(entry.reduction_measured_per_token), _times(entry.reduction_formula_parameters),
             _times(entry.reduction_formula_bytes),
         ]
         for entry in entries
     ]  # fmt: skip
-    return _table(head, rows)
+    kinds = list(dict.fromkeys(kind for entry in entries for kind in entry.bytes_by_kind))
+    by_kind = [
+        [_method_cell(e.method), *(_bytes(e.bytes_by_kind.get(kind, 0) / e.steps) for kind in kinds)] for e in entries
+    ]
+    links = {"federation": "between silos", "silo": "inside silos"}
+    names = ["method"]
+    for scope, kind in (name.split("/") for name in kinds):
+        names.append(f"{kind} {links.get(scope, scope)}")
+    return [
+        "<h3>Bytes a sequential step</h3>", _table(head, rows),
+        "<h3>Measured, by kind and by the link they crossed</h3>", _table(names, by_kind),
+    ]  # fmt: skip
 
 
 def _paper_table(report: Report) -> str:
@@ -211,7 +231,15 @@ def _paper_table(report: Report) -> str:
             ]
         )  # fmt: skip
         last = entry.setting
-    head = ("setting", "method", "embedding parameters", "model parameters", "parameters a step", "less than STD", "in bytes")
+    head = (
+        "setting",
+        "method",
+        "embedding parameters",
+        "model parameters",
+        "parameters a step",
+        "less than STD",
+        "in bytes",
+    )
     return _table(head, rows)
 
 
@@ -245,16 +273,19 @@ def _method_cell(method: str) -> str:
 def _picture(report: Report, folder: Path, name: str) -> str:
     if name not in report.figures:
         return ""
-    data = base64.b64encode((folder / report.figures[name]).read_bytes()).decode("ascii")
-    return f'<img alt="{escape(name.replace("_", " "))}" src="data:image/png;base64,{data}">'
+    png = (folder / report.figures[name]).read_bytes()
+    # Bytes 16 to 20 of a PNG are its width in pixels; shown at the size it was drawn for, sharp on fine screens.
+    width = int.from_bytes(png[16:20], "big") * CSS_DPI // DPI
+    data = base64.b64encode(png).decode("ascii")
+    return f'<img alt="{escape(name.replace("_", " "))}" width="{width}" src="data:image/png;base64,{data}">'
 
 
 def _bullets(sentences: Iterable[str]) -> str:
     return "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences) + "</ul>"
 
 
-def _optional(value: float | None) -> str:
-    return "–" if value is None else short(value)
+def _bytes(value: float | None) -> str:
+    return "–" if value is None else "0" if value == 0 else f"{short(value)}B"
 
 
 def _times(value: float | None) -> str:

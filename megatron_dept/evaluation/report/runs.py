@@ -40,7 +40,7 @@ class RunRecord:
 
     @property
     def protocol(self) -> str | None:
-        """"random" or "own" for an adapt run."""
+        """ "random" or "own" for an adapt run."""
         return self.config.adapt.embedding if self.adapt and self.config.adapt is not None else None
 
     @property
@@ -120,7 +120,7 @@ def _order(record: RunRecord) -> tuple[Any, ...]:
 
 
 def _run_of(checkpoint: Path, run: Path) -> Path:
-    """The run directory that a checkpoint path is in; looked for beside `run` too, where the runs were moved together."""
+    """The run directory that a checkpoint path is in; looked for beside `run` too (runs that were moved)."""
     places = (checkpoint, *checkpoint.parents)
     for candidate in (*places, *(run.parent / place.name for place in places if place.name)):
         if (candidate / "config.yaml").exists():

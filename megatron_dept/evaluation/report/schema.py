@@ -36,7 +36,9 @@ class Run(Entry):
     protocol: Literal["random", "own"] | None = Field(description="adapt runs: the embedding they start from")
     base_run: str | None = Field(description="adapt runs: name of the run whose body they continue")
     seed: int
-    sequential_steps: int = Field(description="inner steps one after another (a source's, in DEPT; all, in STD and ACT)")
+    sequential_steps: int = Field(
+        description="inner steps one after another (a source's, in DEPT; all, in STD and ACT)"
+    )
     total_tokens: int = Field(description="tokens trained by the whole federation")
     skipped_steps: int = Field(description="steps skipped for a non-finite gradient")
     silos: int
@@ -78,8 +80,8 @@ class Score(Entry):
     replaced_tokens: int = Field(description="held-out tokens outside the vocabulary, scored by their byte pieces")
     vocabulary_size: int = Field(description="ids the softmax ran over")
     perplexity_improvement: float | None = Field(
-        description="percent below the best baseline's perplexity of this source (negative: worse); null for baselines, "
-        "without a baseline, or where the tokenizer differs"
+        description="percent below the best baseline's perplexity of this source (negative: worse); null for "
+        "baselines, without a baseline, or where the tokenizer differs"
     )
     bits_per_byte_improvement: float | None = Field(description="the same in bits per byte; null only for baselines")
 
@@ -105,7 +107,9 @@ class Table(Entry):
     when: Literal["after_adapt_random", "after_adapt_own", "before_adapt"]
     sources: list[str]
     out_of_distribution: bool = Field(description="sources that no run was pre-trained on")
-    best_baseline: dict[str, str | None] = Field(description="by source and `average`: the baseline of lowest perplexity")
+    best_baseline: dict[str, str | None] = Field(
+        description="by source and `average`: the baseline of lowest perplexity"
+    )
     rows: list[Row]
 
 
@@ -120,7 +124,9 @@ class Memory(Entry):
     parameters_largest: int
     megabytes_mean: float = Field(description="the token table in fp32, 10^6 bytes")
     model_parameters_mean: float = Field(description="body, position table and token table")
-    reduction: float | None = Field(description="global table / mean table; null without a run on the global vocabulary")
+    reduction: float | None = Field(
+        description="global table / mean table; null without a run on the global vocabulary"
+    )
 
 
 class Communication(Entry):
@@ -186,8 +192,8 @@ def describe() -> str:
         "# The schema of `report.json`",
         "",
         f"Format version {FORMAT_VERSION}. `tools/report.py` writes it beside `index.html`; it holds every number that "
-        "the page shows. Numbers that were not measured are `null`. Generated from "
-        "`megatron_dept/evaluation/report/schema.py`, which a test holds it equal to.",
+        "the page shows. Numbers that were not measured are `null`. Written by "
+        "`python -m megatron_dept.evaluation.report.schema`; a test holds the two equal.",
     ]
     for part in _parts(Report, []):
         lines += ["", f"## {part.__name__}", "", (part.__doc__ or "").strip(), ""]
@@ -227,3 +233,7 @@ def _type_text(annotation: Any) -> str:
     if origin is dict:
         return f"object of {_type_text(arguments[1])}"
     return " or ".join(_type_text(argument) for argument in arguments)
+
+
+if __name__ == "__main__":
+    print(describe(), end="")

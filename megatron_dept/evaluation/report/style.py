@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 INK = "#22272e"
 FAINT = "#8b929b"
@@ -45,9 +46,9 @@ def line_style(method: str) -> Any:
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
     """A figure in inches and its axes, row by row, bare but for left and bottom spines."""
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    spacing = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.08, wspace=0.03, hspace=0.04)
+    figure = Figure(figsize=(width, height), dpi=DPI, layout=spacing)
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.08, wspace=0.03, hspace=0.04)  # type: ignore[union-attr]
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         bare(axis)

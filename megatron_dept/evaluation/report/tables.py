@@ -160,7 +160,9 @@ def _table_findings(table: Table, perplexity: bool) -> list[str]:
     where = "on text no run has seen" if table.out_of_distribution else "averaged over the trained sources"
     start = "random" if table.when == "after_adapt_random" else "the run's own"
     if not dept or not baselines:
-        return [f"Adapted from {start} embeddings: {'no DEPT run' if not dept else 'no baseline'} was evaluated {where}."]
+        return [
+            f"Adapted from {start} embeddings: {'no DEPT run' if not dept else 'no baseline'} was evaluated {where}."
+        ]
     best, rival = (min(group, key=lambda row: value(row.average)) for group in (dept, baselines))
     gain = _percent_below(value(best.average), value(rival.average))
     verdict = "no comparable number" if gain is None else f"{abs(gain):.1f} % {'lower' if gain > 0 else 'HIGHER'}"

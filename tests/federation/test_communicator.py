@@ -1,0 +1,131 @@
+"""What the collectives return, what they charge to the ledger, and what they say when a peer is gone."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_dept.common.errors import FederationError
+from megatron_dept.federation.communicator import Alone, Communicator
+from megatron_dept.federation.ledger import all_gather_bytes, all_reduce_bytes, reduce_scatter_bytes
+from megatron_dept.topology.launch import Launch
+from tests.federation.groups import join_groups
+from tests.support.distributed import run_ranks
+
+SECONDS_TO_NOTICE = 20.0
+"""Far below the groups' timeout of 60 s: a closed connection is noticed at once, a hang is not."""
+
+
+def _collectives(launch: Launch) -> dict[str, Any]:
+    """Each collective once on 3 ranks: (result, bytes that the ledger charged this rank for it)."""
+    groups = join_groups(launch, silos=3)
+    peers, rank = groups.peers, launch.rank
+    seen: dict[str, Any] = {}
+
+    def record(name: str, result: Any) -> None:
+        seen[name] = (result, groups.ledger.take())
+
+    # Rank r sends r + 1 rows to every rank, 2 columns each, of value 10 * sender + receiver.
+    send = torch.cat([torch.full((rank + 1, 2), float(10 * rank + to)) for to in range(3)])
+    record("all_to_all", peers.all_to_all(send, [rank + 1] * 3, [1, 2, 3], "body").tolist())
+    record("all_to_all of nothing", peers.all_to_all(torch.empty(0, 2), [0] * 3, [0] * 3, "body").tolist())
+    record("all_gather", peers.all_gather(torch.tensor([rank, rank + 10], dtype=torch.int16), "embedding").tolist())
+    value = torch.full((6,), float(rank))
+    peers.all_reduce_sum(value, "gradient")
+    record("all_reduce", value.tolist())
+    value = torch.full((5,), float(rank))
+    peers.broadcast(value, 1, "position")
+    record("broadcast", value.tolist())
+    peers.broadcast(torch.empty(0), 1, "position")
+    record("broadcast of nothing", None)
+    record("objects", peers.all_gather_object({"rank": rank, "name": "x" * rank}))
+    peers.barrier()
+    record("barrier", None)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def collectives() -> list[dict[str, Any]]:
+    return run_ranks(3, _collectives)
+
+
+def test_collectives_return_what_ranks_sent_in_rank_order(collectives: list[dict[str, Any]]) -> None:
+    for rank, seen in enumerate(collectives):
+        rows = [[float(10 * sender + rank)] * 2 for sender in range(3) for _ in range(sender + 1)]
+        assert seen["all_to_all"][0] == rows
+        assert seen["all_to_all of nothing"][0] == []
+        assert seen["all_gather"][0] == [0, 10, 1, 11, 2, 12]
+        assert seen["all_reduce"][0] == [3.0] * 6
+        assert seen["broadcast"][0] == [1.0] * 5
+        assert seen["objects"][0] == [{"rank": other, "name": "x" * other} for other in range(3)]
+
+
+def test_ledger_charges_what_leaves_a_rank(collectives: list[dict[str, Any]]) -> None:
+    """By hand: the off-rank slices of an all-to-all, a gather's own slice to each other rank, a ring's all-reduce."""
+    for rank, seen in enumerate(collectives):
+        charged = {name: counts for name, (_, counts) in seen.items()}
+        assert charged["all_to_all"] == {"federation/body": 2 * (rank + 1) * 2 * 4}
+        assert sum(charged["all_to_all of nothing"].values()) == 0
+        assert charged["all_gather"] == {"federation/embedding": 2 * 2 * 2}
+        assert charged["all_reduce"] == {"federation/gradient": 2 * 6 * 4 * 2 // 3}
+        assert charged["broadcast"] == ({"federation/position": 2 * 5 * 4} if rank == 1 else {})
+        assert charged["broadcast of nothing"] == {}
+        assert set(charged["objects"]) == set(charged["barrier"]) == {"federation/control"}
+
+
+def test_costs_of_collectives() -> None:
+    """Over n ranks: all-reduce 2 (n-1)/n, reduce-scatter (n-1)/n of the buffer, all-gather (n-1) own slices."""
+    assert (all_reduce_bytes(100, 1), reduce_scatter_bytes(100, 1), all_gather_bytes(100, 1)) == (0, 0, 0)
+    assert (all_reduce_bytes(100, 2), reduce_scatter_bytes(100, 2), all_gather_bytes(100, 2)) == (100, 50, 100)
+    assert (all_reduce_bytes(400, 4), reduce_scatter_bytes(400, 4), all_gather_bytes(400, 4)) == (600, 300, 1200)
+
+
+def test_alone_nothing_is_sent_and_values_stay() -> None:
+    alone: Communicator = Alone()
+    value = torch.arange(4.0)
+    assert torch.equal(alone.all_to_all(value, [4], [4], "body"), value)
+    assert torch.equal(alone.all_gather(value, "body"), value)
+    alone.all_reduce_sum(value, "body")
+    alone.broadcast(value, 0, "body")
+    alone.barrier()
+    assert value.tolist() == [0, 1, 2, 3]
+    assert alone.all_gather_object("mine") == ["mine"]
+
+
+OPERATIONS: dict[str, Callable[[Communicator], Any]] = {
+    "body": lambda peers: peers.all_to_all(torch.zeros(2), [1, 1], [1, 1], "body"),
+    "embedding": lambda peers: peers.all_gather(torch.zeros(2), "embedding"),
+    "gradient": lambda peers: peers.all_reduce_sum(torch.zeros(2), "gradient"),
+    "position": lambda peers: peers.broadcast(torch.zeros(2), 1, "position"),
+    "control": lambda peers: peers.all_gather_object("here"),
+}
+
+
+def _lose_a_peer(launch: Launch, silos: int, data: int, kind: str) -> tuple[str, float] | None:
+    groups = join_groups(launch, silos, data)
+    group = groups.peers if silos > 1 else groups.silo
+    group.barrier()
+    if launch.rank == 1:
+        return None  # The harness ends this process at once, without closing anything.
+    began = time.monotonic()
+    try:
+        OPERATIONS[kind](group)
+    except FederationError as error:
+        return str(error), time.monotonic() - began
+    return "no error", time.monotonic() - began
+
+
+@pytest.mark.parametrize("kind", OPERATIONS)
+def test_a_dead_peer_is_an_error_at_once(kind: str) -> None:
+    message, seconds = run_ranks(2, _lose_a_peer, 2, 1, kind)[0]
+    assert "rank 0 of 2 lost a peer in another silo" in message and f"exchanging {kind}" in message, message
+    assert "resumes from its last checkpoint" in message and "\n" not in message
+    assert seconds < SECONDS_TO_NOTICE
+
+
+def test_a_dead_peer_within_the_silo_is_named_so() -> None:
+    message, seconds = run_ranks(2, _lose_a_peer, 1, 2, "gradient")[0]
+    assert "lost a peer in this silo" in message
+    assert seconds < SECONDS_TO_NOTICE
