@@ -8,21 +8,34 @@ python pretrain_dept.py RUN.yaml ...                       one process, all sour
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
+from megatron_dept.common.cli import EXIT_INTERRUPTED, explain_refusal, positive_int
 from megatron_dept.common.errors import EXIT_USER_ERROR, ConfigError, UserError
 from megatron_dept.config.load import describe_fields, load_config
 from megatron_dept.topology.launch import Launch, read_launch
 
+GRACE_SECONDS = 5.0
+"""A launcher ends all ranks when the first fails: those that leave the telling to another stay this long for it."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are `ConfigError`s: one line, told once a node."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; {self.prog} --help lists the options")
+
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """This program's own flags, and what is left: dotted fields of the configuration."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="pretrain_dept.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="fields, each also a flag:\n" + "\n".join(describe_fields()),
+        epilog="fields of RUN.yaml; with -- also flags:\n" + "\n".join(describe_fields()),
         allow_abbrev=False,
     )
     parser.add_argument("config", metavar="RUN.yaml", help="the run's configuration")
@@ -30,10 +43,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--dry-run", action="store_true", help="print the plan of the run and end; nothing is allocated"
     )
     parser.add_argument(
-        "--ranks", type=int, default=None, help="with --dry-run: ranks to plan for (default: this launch's)"
+        "--ranks", type=positive_int, default=None, help="with --dry-run: ranks to plan for (default: this launch's)"
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
-    return parser.parse_known_args(argv)
+    arguments, overrides = parser.parse_known_args(argv)
+    if arguments.ranks is not None and not arguments.dry_run:
+        raise ConfigError("--ranks is for --dry-run alone; the launcher says how many ranks run")
+    return arguments, overrides
 
 
 def main(argv: Sequence[str], launch: Launch) -> int:
@@ -63,12 +79,26 @@ def guarded(argv: Sequence[str]) -> int:
     except UserError as error:
         # Every rank finds the same mistake in a configuration; one line a node is enough.
         if launch.local_rank == 0 or not isinstance(error, ConfigError):
-            where = f"rank {launch.rank}: " if launch.world_size > 1 else ""
-            print(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            _tell(launch, str(error))
+        else:
+            time.sleep(GRACE_SECONDS)
         return EXIT_USER_ERROR
-    except Exception:
-        traceback.print_exc()
-        return 1
+    except KeyboardInterrupt:
+        if launch.local_rank == 0:
+            print("stopped by the user", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        refusal = explain_refusal(error) if isinstance(error, OSError) else None
+        if refusal is None:
+            traceback.print_exc()
+            return 1
+        _tell(launch, refusal)
+        return EXIT_USER_ERROR
+
+
+def _tell(launch: Launch, message: str) -> None:
+    where = f"rank {launch.rank}: " if launch.world_size > 1 else ""
+    print(f"error: {where}{' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ class Checkpoint:
         return self.index.read(f"vocabulary/{source}").numpy()
 
     def token_table(self, source: str | None = None) -> tuple[np.ndarray, Tensor]:
-        """(ids int64 [v] ascending, rows fp32 [v, h]): the global table's rows that some source holds, or a source's own.
+        """(ids int64 [v] ascending, rows fp32 [v, h]): the global rows that some source holds, or a source's own.
 
         `source` None is the global table (GLOB, TRIM, STD, ACT, adapted); SPEC and SPEC-OPT have one per source.
         Raises `CheckpointError` naming what the checkpoint has where the table asked for does not exist.

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from megatron_dept.checkpoint.slices import SliceIndex, save_slices
 
-
 SOURCE_MARK = "@"
 """Between a source's name and its file's in a checkpoint; no source name holds it."""
 

@@ -26,6 +26,7 @@ _MENDABLE = {
     errno.EDQUOT: "free space or choose another place",
     errno.EACCES: "check its permissions or choose another place",
     errno.EPERM: "check its permissions or choose another place",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f) or choose another place",
     errno.EROFS: "choose a place that can be written",
     errno.ENOENT: "check the path",
     errno.EISDIR: "give a file",
@@ -107,11 +108,19 @@ def run_tool(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
-        if error.errno not in _MENDABLE:
+        refusal = explain_refusal(error)
+        if refusal is None:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        code = _report(f"{where}{error.strerror}; {_MENDABLE[error.errno]}")
+        code = _report(refusal)
     sys.exit(code)
+
+
+def explain_refusal(error: OSError) -> str | None:
+    """What the operating system refused, and the remedy, on one line; None where no user can mend it."""
+    if error.errno not in _MENDABLE:
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror}; {_MENDABLE[error.errno]}"
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

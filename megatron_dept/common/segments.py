@@ -18,7 +18,7 @@ class Segment:
         return slice(self.offset, self.offset + self.stop - self.start)
 
     def within(self, part: slice) -> "Segment | None":
-        """The piece of this segment inside partition range `part`, its offset counted from `part.start`; None if none."""
+        """The piece of this segment inside partition range `part`, its offset counted from there; None if none."""
         low, high = max(self.offset, part.start), min(self.place.stop, part.stop)
         if low >= high:
             return None

@@ -1,26 +1,33 @@
 """From a YAML file and dotted flags to a `RunConfig`.
 
-A file may name a `base:` file (relative to itself) that it is merged over, and `model.preset` a set of model fields that
-the file's own override. A flag names a field by its dotted path: `--optimizer.learning_rate 3e-4`. Values of flags are
-read as YAML. Every mistake is a `ConfigError` on one line that names the field and the remedy.
+A file may name a `base:` file (relative to itself) that it is merged over, and `model.preset` a set of model fields
+that the file's own override. A flag names a field by its dotted path: `--optimizer.learning_rate 3e-4`. Values of flags
+are read as YAML. Every mistake is a `ConfigError` on one line that names the field and the remedy.
 """
 
 import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_dept.common.errors import ConfigError
 from megatron_dept.config.presets import PRESETS
-from megatron_dept.config.schema import RunConfig
+from megatron_dept.config.schema import ModelConfig, RunConfig
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `3e-4` as text; a configuration means the number."""
+    """YAML that reads `3e-4` as the number it is (YAML 1.1: as text), and refuses a field that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"field {name} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -41,7 +48,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     model = values.get("model")
     if isinstance(model, dict) and "preset" in model:
         preset = model.pop("preset")
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise ConfigError(f"{path}: model.preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
         values["model"] = {**PRESETS[preset], **model}
     return validate_config(values, str(path))
@@ -52,7 +59,8 @@ def validate_config(values: dict[str, Any], origin: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{origin}: {'; '.join(_explain(item) for item in error.errors())}") from error
+        items = [item for item in error.errors() if not _follows(item, error.errors())]
+        raise ConfigError(f"{origin}: {'; '.join(_explain(item) for item in items)}") from error
 
 
 def dump_config(config: RunConfig) -> str:
@@ -61,17 +69,21 @@ def dump_config(config: RunConfig) -> str:
 
 
 def describe_fields(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
-    """One line a field, for `--help`: dotted flag, type, default, meaning."""
+    """One line a field, for `--help`: dotted flag, type, default, meaning; `sources[].data`, of a list, is no flag."""
+    if section is ModelConfig:
+        yield f"  --{prefix}preset  one of {', '.join(PRESETS)}: sizes that the section's own fields override"
     for name, field in section.model_fields.items():
         inner = next((t for t in (field.annotation, *get_args(field.annotation)) if _is_section(t)), None)
         if inner is not None:
-            yield from describe_fields(inner, f"{prefix}{name}.")
+            many = get_origin(field.annotation) is tuple
+            yield from describe_fields(inner, f"{prefix}{name}[]." if many else f"{prefix}{name}.")
             continue
         kind = getattr(field.annotation, "__name__", None)
         if kind is None or get_args(field.annotation):
             kind = str(field.annotation).replace("typing.", "").replace("pathlib.", "")
         default = "required" if field.is_required() else f"default {field.default!r}"
-        yield f"  --{prefix}{name}  {kind}, {default}" + (f": {field.description}" if field.description else "")
+        dashes = "" if "[]" in prefix else "--"
+        yield f"  {dashes}{prefix}{name}  {kind}, {default}" + (f": {field.description}" if field.description else "")
 
 
 def _is_section(annotation: Any) -> bool:
@@ -85,6 +97,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist; give the path of a run's YAML file") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); give the path of a run's YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -92,6 +106,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     base = values.pop("base", None)
     if base is None:
         return values
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base {base!r} is not the path of a file; name a YAML file relative to this one")
     return _merge(_read(path.parent / base, (*seen, path.resolve())), values)
 
 
@@ -125,9 +141,15 @@ def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
     for section in sections:
         inner = values.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"flag --{dotted}: {section} is not a section")
+            raise ConfigError(f"flag --{dotted}: {section} is not a section; set it in the file")
         values = inner
     values[field] = value
+
+
+def _follows(item: Any, items: Sequence[Any]) -> bool:
+    """Whether an error is but the echo of another: a list whose only entry is wrong is also reported as too short."""
+    inside = (other["loc"][: len(item["loc"])] == item["loc"] for other in items if other is not item)
+    return item["type"] == "too_short" and any(inside)
 
 
 def _explain(item: Any) -> str:

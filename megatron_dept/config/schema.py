@@ -15,11 +15,11 @@ Variant = Literal["glob", "trim", "spec", "spec_opt", "std", "act"]
 class Section(BaseModel):
     """Base of all sections: immutable, and an unknown field is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelConfig(Section):
-    """The transformer body (DEPT paper, section 3 of its recipe) and the embedding's width."""
+    """The transformer body (DEPT paper, its recipe) and the embedding's width."""
 
     family: Literal["gpt", "llama"] = Field("gpt", description="gpt: LayerNorm, GELU, biases; llama: RMSNorm, SwiGLU")
     num_layers: int = Field(4, gt=0)
@@ -39,7 +39,8 @@ class ModelConfig(Section):
     def _complete(self) -> Self:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}; "
+                "set one to a multiple of the other"
             )
         if self.family == "gpt":
             if self.num_key_value_heads not in (None, self.num_attention_heads):
@@ -47,7 +48,14 @@ class ModelConfig(Section):
             if self.position_embedding == "rope":
                 raise ValueError("position_embedding rope needs family llama; choose learned or alibi for gpt")
         elif self.position_embedding in ("learned", "alibi"):
-            raise ValueError(f"family llama has position_embedding rope, not {self.position_embedding}")
+            raise ValueError(
+                f"position_embedding {self.position_embedding} needs family gpt; set rope, or leave it out, for llama"
+            )
+        elif self.head_size % 2:
+            raise ValueError(
+                f"head size {self.head_size} (hidden_size / num_attention_heads) is odd, and rope turns pairs; "
+                "set num_attention_heads so that it is even"
+            )
         defaults = {
             "position_embedding": "learned" if self.family == "gpt" else "rope",
             "num_key_value_heads": self.num_attention_heads,
@@ -60,7 +68,8 @@ class ModelConfig(Section):
                 object.__setattr__(self, name, value)
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not divisible by num_key_value_heads {self.kv_heads}"
+                f"num_attention_heads {self.num_attention_heads} is not divisible by num_key_value_heads "
+                f"{self.kv_heads}; set num_key_value_heads to a divisor"
             )
         return self
 
@@ -101,7 +110,9 @@ class OuterConfig(Section):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.optimizer == "fedavg" and self.momentum:
-            raise ValueError(f"outer.momentum {self.momentum} needs outer.optimizer nesterov")
+            raise ValueError(
+                f"outer.momentum {self.momentum} needs outer.optimizer nesterov; set it, or remove the momentum"
+            )
         return self
 
 
@@ -166,7 +177,9 @@ class TrainingConfig(Section):
     activation_checkpointing: bool = False
     loss_chunk_tokens: int = Field(256, gt=0, description="tokens whose logits exist at once in the loss")
     threads_per_rank: int | None = Field(None, gt=0, description="CPU threads; default: cores / local ranks")
-    timeout_seconds: float = Field(600.0, gt=0, description="a collective waiting longer ends the run")
+    timeout_seconds: float = Field(
+        3600.0, gt=0, description="a collective waiting longer ends the run; silos wait for the slowest of them"
+    )
 
     @field_validator("precision")
     @classmethod
@@ -179,7 +192,7 @@ class TrainingConfig(Section):
 
 
 class AdaptConfig(Section):
-    """Continued pre-training of a body with one global vocabulary (DEPT paper, section 6 of our notes: both protocols)."""
+    """Continued pre-training of a body with one global vocabulary (DEPT paper: both its protocols)."""
 
     checkpoint: Path = Field(description="run or checkpoint directory whose body is taken")
     embedding: Literal["random", "own"] = Field(
@@ -235,15 +248,18 @@ class RunConfig(Section):
     def _agree(self) -> Self:
         names = [source.name for source in self.sources]
         if len(set(names)) != len(names):
-            raise ValueError(f"sources: names {names} are not distinct")
+            raise ValueError(f"sources: names {names} are not distinct; give each source a name of its own")
         field = self.data_field
         for source in self.sources:
             if getattr(source, field) is None:
-                raise ValueError(f"sources: {source.name} has no {field}, which variant {self.dept.variant} trains on")
+                raise ValueError(
+                    f"sources: {source.name} has no {field}, which variant {self.dept.variant} trains on; "
+                    "set it to the source's dataset directory"
+                )
         if self.phase == "adapt" and self.adapt is None:
             raise ValueError("phase adapt needs the section adapt with the checkpoint to start from")
         if self.phase == "pretrain" and self.adapt is not None:
-            raise ValueError("the section adapt needs phase: adapt")
+            raise ValueError("the section adapt needs phase: adapt; set it, or remove the section")
         if self.phase == "adapt" and self.dept.variant != "std":
             raise ValueError(
                 f"phase adapt trains one global vocabulary: dept.variant must be std, not {self.dept.variant}"
@@ -254,13 +270,15 @@ class RunConfig(Section):
             )
         sampled = self.dept.sources_per_round
         if sampled is not None and sampled > len(self.sources):
-            raise ValueError(f"dept.sources_per_round {sampled} exceeds the {len(self.sources)} sources")
+            raise ValueError(
+                f"dept.sources_per_round {sampled} exceeds the {len(self.sources)} sources; set it to at most that"
+            )
         if self.training.precision == "bf16" and self.parallel.zero_stage == 0:
             raise ValueError("precision bf16 with parallel.zero_stage 0 is refused; set parallel.zero_stage: 1")
         if self.training.global_batch_size % self.training.micro_batch_size:
             raise ValueError(
                 f"training.global_batch_size {self.training.global_batch_size} is not divisible by "
-                f"training.micro_batch_size {self.training.micro_batch_size}"
+                f"training.micro_batch_size {self.training.micro_batch_size}; set it to a multiple"
             )
         return self
 

@@ -1,7 +1,7 @@
 """A rank's fp32 partition of the body, whatever the ZeRO stage: read, written, and known by parameter name.
 
-Everything here reaches into DeepSpeed 0.19's private attributes; this is the only file that does, and setup.py pins that
-version. The known trap: masters are written first, then the low-precision copies are refreshed from them; weights
+Everything here reaches into DeepSpeed 0.19's private attributes; this is the only file that does, and setup.py pins
+that version. The known trap: masters are written first, then the low-precision copies are refreshed from them; weights
 written alone would be undone by the next step.
 
 Shapes: `n` elements of this rank's partition, flat, padding included; padding is never named by a segment.
@@ -121,7 +121,7 @@ class _ReplicatedShards(BodyShards):
             for (_, parameter), moment in zip(self._parameters, whole, strict=True):
                 self._optimizer.state[parameter][key] = moment
         for _, parameter in self._parameters:
-            self._optimizer.state[parameter]["step"] = state["step"].squeeze(0).clone()
+            self._optimizer.state[parameter]["step"] = state["step"].squeeze(0).to(parameter.device, copy=True)
 
     def _cut(self, tensors: list[Tensor]) -> Tensor:
         by_name = dict(zip((name for name, _ in self._parameters), tensors, strict=True))
@@ -178,7 +178,7 @@ class _FlatShards(BodyShards):
         for master in self._masters():
             place = slice(offset, offset + master.numel())
             inner[master] = {key: state[key][place].to(master.device).clone() for key in _moments(state)}
-            inner[master]["step"] = state["step"].squeeze(0).clone()
+            inner[master]["step"] = state["step"].squeeze(0).to(master.device, copy=True)
             offset += master.numel()
 
 

@@ -79,7 +79,7 @@ class EmbeddingOwner:
             return
         for name, parameter in self.module.named_parameters():
             own = self._optimizer.state[parameter]
-            own["step"] = state["step"].squeeze(0).clone()
+            own["step"] = state["step"].squeeze(0).to(parameter.device, copy=True)
             for key, value in state.items():
                 moment, _, owner = key.partition("/")
                 if owner == name:

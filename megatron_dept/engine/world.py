@@ -1,7 +1,7 @@
 """One process's place in the launch: its silo's default process group, and its peers in the other silos.
 
-The launch's store serves everyone. Each silo meets under a prefix of its own and becomes torch's default group, which is
-all that DeepSpeed ever sees; peers meet under another prefix, outside the default group.
+The launch's store serves everyone. Each silo meets under a prefix of its own and becomes torch's default group, which
+is all that DeepSpeed ever sees; peers meet under another prefix, outside the default group.
 """
 
 import os

@@ -42,7 +42,7 @@ class BodyExchange:
 
     @torch.no_grad()
     def add(self, local: Tensor) -> None:
-        """Add value - local to the round's delta. `local` (fp32 [n]) is this rank's to consume: it becomes local - value.
+        """Add value - local to the round's delta; `local` (fp32 [n]) is consumed: it becomes local - value.
 
         One rounded difference a source, so that sources added in turn here, or one by each silo, sum to the same bits.
         """

@@ -3,8 +3,8 @@
 Two verbs: `gather(ids)` brings the rows asked for, `accumulate(ids, deltas)` sends row deltas to their owners, which
 `apply` averages per row over the sources that hold it. Only the rows asked for cross the wire.
 
-Rows are cut first by data coordinate, then by silo: rank (silo s, data d) of S x D owns block d * S + s. So a rank talks
-only to its peers (same d in other silos) about the ids of its d-range, and its silo shares what each brought.
+Rows are cut first by data coordinate, then by silo: rank (silo s, data d) of S x D owns block d * S + s. So a rank
+talks only to its peers (same d in other silos) about the ids of its d-range, and its silo shares what each brought.
 Shapes: `k` ids asked for, ascending; `h` hidden; `n` rows owned here.
 """
 
@@ -93,7 +93,7 @@ class RowTable:
         self.pending.reset()
 
     def _ask(self, ids: Tensor) -> tuple[Tensor, list[int], list[int]]:
-        """Tell each owner which of its rows are meant: (ids asked of me, how many by each peer, how many I ask each)."""
+        """Tell each owner which of its rows are meant: (ids asked of me, how many by each peer, how many of each)."""
         edges = self._cut(ids, self._peers.size, self._block, start=self._silo.rank * self._peers.size)
         own_counts = [edges[i + 1] - edges[i] for i in range(self._peers.size)]
         if self._peers.size == 1:
@@ -105,7 +105,7 @@ class RowTable:
 
     @staticmethod
     def _cut(ids: Tensor, pieces: int, width: int, start: int = 0) -> list[int]:
-        """Positions in ascending `ids` where the ranges [(start + i) * width, (start + i + 1) * width) begin and end."""
+        """Where in ascending `ids` each range [(start + i) * width, (start + i + 1) * width) begins and ends."""
         bounds = torch.arange(start, start + pieces + 1) * width
         return torch.searchsorted(ids, bounds).tolist()
 

@@ -30,12 +30,17 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
 
     def number(name: str, default: int | None = None) -> int:
         text = env.get(name, None if default is None else str(default))
-        if text is None or not text.isdigit():
-            raise ConfigError(f"environment variable {name} is {text!r}; start with 'deepspeed' or 'torchrun'")
+        if text is None:
+            raise ConfigError(f"environment variable {name} is not set; start with 'deepspeed' or 'torchrun'")
+        if not text.isdecimal():
+            raise ConfigError(
+                f"environment variable {name} is {text!r}, not a number; start with 'deepspeed' or 'torchrun'"
+            )
         return int(text)
 
     world = number("WORLD_SIZE")
-    local_world = number("LOCAL_WORLD_SIZE", int(env["LOCAL_SIZE"]) if env.get("LOCAL_SIZE", "").isdigit() else world)
+    # torchrun's name first, DeepSpeed's second; a launcher that sets neither is taken to run on one node.
+    local_world = number("LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in env else "LOCAL_SIZE", world)
     launch = Launch(
         rank=number("RANK"),
         world_size=world,

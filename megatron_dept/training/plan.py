@@ -144,7 +144,7 @@ def write_plan(config: RunConfig, ranks: int, path: Path) -> None:
 
 
 def _variant(config: RunConfig, layout: Layout, variant: Variant, partitions: list[int]) -> dict[str, Any] | None:
-    """One variant over the same sources and silos (std and act: on all ranks as one silo); None without its datasets."""
+    """One variant on the same ranks (std and act: as one silo); None without its datasets."""
     parallel = config.parallel
     if VARIANTS[variant].synchronous:
         parallel = parallel.model_copy(update={"silos": 1})

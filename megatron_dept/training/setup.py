@@ -55,10 +55,6 @@ def run(config: RunConfig, launch: Launch) -> bool:
 def build_trainer(config: RunConfig, world: World, sources: SourceSet, start_from: Checkpoint | None = None) -> Trainer:
     """Everything a run consists of, at its last checkpoint or at its start; collective."""
     metrics = Metrics(config.run_dir, world.place.silo, world.leads_silo, world.leads_silo)
-    if world.is_writer:
-        with atomic_write(config.run_dir / "config.yaml", "w") as handle:
-            handle.write(dump_config(config))
-        write_plan(config, world.layout.world_size, config.run_dir / "plan.json")
     body = build_body(config.model, config.seed, config.training.activation_checkpointing)
     if start_from is not None:
         _load_body(body, start_from)
@@ -71,6 +67,11 @@ def build_trainer(config: RunConfig, world: World, sources: SourceSet, start_fro
     broker = EmbeddingBroker(config, world, store, sources.vocab_size, rule)
     state = RunState(config, world, sources, engine, exchange, broker, store)
     progress = _resume(config, world, state, broker, sources, metrics)
+    if world.is_writer:
+        # Only now: a run that is refused for differing from its checkpoint leaves what describes that as it was.
+        with atomic_write(config.run_dir / "config.yaml", "w") as handle:
+            handle.write(dump_config(config))
+        write_plan(config, world.layout.world_size, config.run_dir / "plan.json")
     if progress is None:
         progress = RunProgress()
         if world.is_writer:

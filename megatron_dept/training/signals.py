@@ -5,6 +5,8 @@ from types import FrameType
 
 import torch.distributed as dist
 
+from megatron_dept.common.errors import FederationError
+
 _STOP_KEY = "stop-requested"
 
 
@@ -26,11 +28,17 @@ class StopRequest:
 
     @property
     def asked(self) -> bool:
-        """Whether to stop; passes the request on the first time."""
+        """Whether to stop; passes the request on. Raises `FederationError` where the launch's store is gone."""
         if self._store is None:
             return self._asked
-        if self._asked:
-            self._store.set(_STOP_KEY, "1")
-        elif self._polls and self._store.check([_STOP_KEY]):
-            self._asked = True
+        try:
+            if self._asked:
+                self._store.set(_STOP_KEY, "1")
+            elif self._polls and self._store.check([_STOP_KEY]):
+                self._asked = True
+        except RuntimeError as error:
+            raise FederationError(
+                f"the launch's rank 0, which keeps its store, is gone ({str(error).strip().splitlines()[0]}); look at "
+                "that rank's log, then start again: the run resumes from its last checkpoint"
+            ) from error
         return self._asked

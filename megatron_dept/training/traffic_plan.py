@@ -1,6 +1,7 @@
 """Bytes a round must move, computed beforehand: what `--dry-run` prints and what the ledger is held against.
 
-The leading term is the paper's, 2 x |body| x (S - 1) / S elements a silo; padding of partitions and shares comes on top.
+The leading term is the paper's, 2 x |body| x (S - 1) / S elements a silo; padding of partitions and shares comes on
+top.
 Shapes: `S` silos, `D` data ranks of each, `h` hidden.
 """
 

@@ -31,7 +31,7 @@ def _collectives(launch: Launch) -> dict[str, Any]:
     send = torch.cat([torch.full((rank + 1, 2), float(10 * rank + to)) for to in range(3)])
     record("all_to_all", peers.all_to_all(send, [rank + 1] * 3, [1, 2, 3], "body").tolist())
     record("all_to_all of nothing", peers.all_to_all(torch.empty(0, 2), [0] * 3, [0] * 3, "body").tolist())
-    record("all_gather", peers.all_gather(torch.tensor([rank, rank + 10], dtype=torch.int16), "embedding").tolist())
+    record("all_gather", peers.all_gather(torch.tensor([rank, rank + 10.0]).bfloat16(), "embedding").tolist())
     value = torch.full((6,), float(rank))
     peers.all_reduce_sum(value, "gradient")
     record("all_reduce", value.tolist())

@@ -1,4 +1,4 @@
-"""Small sources of seeded text in three scripts, as dataset directories under a global tokenizer and under their own."""
+"""Small sources of seeded text in three scripts, as dataset directories under a global tokenizer and their own."""
 
 import json
 from dataclasses import dataclass
