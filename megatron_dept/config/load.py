@@ -59,8 +59,9 @@ def validate_config(values: dict[str, Any], origin: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        items = [item for item in error.errors() if not _follows(item, error.errors())]
-        raise ConfigError(f"{origin}: {'; '.join(_explain(item) for item in items)}") from error
+        items = error.errors()
+        told = [_explain(item) for item in items if not _follows(item, items)]
+        raise ConfigError(f"{origin}: {'; '.join(told)}") from error
 
 
 def dump_config(config: RunConfig) -> str:

@@ -151,6 +151,8 @@ class SiloEngine:
             "train_micro_batch_size_per_gpu": training.micro_batch_size,
             "gradient_accumulation_steps": self.accumulation_steps,
             "zero_optimization": zero,
+            # DeepSpeed calls plain SGD untested; tests/engine tests it.
+            "zero_allow_untested_optimizer": config.optimizer.optimizer == "sgd",
             "bf16": {"enabled": training.precision == "bf16"},
             # The joint norm is clipped by this engine; DeepSpeed only knows the body.
             "gradient_clipping": 0.0,

@@ -1,5 +1,6 @@
 """Builds a run from its configuration and runs it: world, sources, body, engine, outer exchange, trainer."""
 
+import importlib.util
 import os
 
 import torch
@@ -11,7 +12,7 @@ from megatron_dept.checkpoint.store import SourceStore
 from megatron_dept.common.errors import CheckpointError, ConfigError
 from megatron_dept.common.files import atomic_write
 from megatron_dept.config.load import dump_config
-from megatron_dept.config.schema import RunConfig
+from megatron_dept.config.schema import LoggingConfig, RunConfig
 from megatron_dept.dept.outer import OuterRule
 from megatron_dept.dept.variants import VARIANTS
 from megatron_dept.engine.silo_engine import SiloEngine
@@ -38,6 +39,7 @@ def run(config: RunConfig, launch: Launch) -> bool:
     """
     layout = Layout.cut(config.parallel, launch.world_size)
     accumulation_steps(config.training.global_batch_size, config.training.micro_batch_size, layout.data)
+    _check_monitors(config.logging)
     sources = SourceSet(config)
     start_from = _adapt_start(config, sources)
     set_threads(config, launch)
@@ -98,6 +100,16 @@ def set_threads(config: RunConfig, launch: Launch) -> None:
     """CPU threads of this rank: as configured, else its fair part of the machine's cores."""
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.training.threads_per_rank or max(1, cores // launch.local_world_size))
+
+
+def _check_monitors(logging: LoggingConfig) -> None:
+    """DeepSpeed's monitors need packages that an installation may lack."""
+    for package, wanted in (("tensorboard", logging.tensorboard), ("wandb", logging.wandb)):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"logging.{package} needs the package {package}, which is not installed; "
+                f"pip install {package}, or set logging.{package}: false"
+            )
 
 
 def _resume(

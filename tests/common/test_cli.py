@@ -82,8 +82,8 @@ def test_sigterm_cleans_up(tmp_path):
         from megatron_dept.common.cli import run_tool
         def main(argv):
             left = pathlib.Path({str(left)!r})
-            left.touch()
             try:
+                left.touch()
                 time.sleep(60)
             finally:
                 left.unlink()

@@ -67,7 +67,8 @@ def _rank(launch: Launch, argv: list[str], fault: Fault | None) -> Outcome:
     # Ranks here end at once after the program: no rank has to wait for another to tell a shared mistake.
     pretrain_dept.GRACE_SECONDS = 0.0
     warnings.resetwarnings()
-    warnings.simplefilter("default")
+    for hidden in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", hidden)
     if fault is not None:
         fault(launch)
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -97,4 +98,6 @@ def _text(file: IO[bytes]) -> str:
 
 def tree(directory: Path) -> dict[str, bytes]:
     """Every file below `directory` and what it holds; for asserting that nothing changed."""
-    return {str(file.relative_to(directory)): file.read_bytes() for file in sorted(directory.rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(directory)): file.read_bytes() for file in sorted(directory.rglob("*")) if file.is_file()
+    }

@@ -1,0 +1,142 @@
+"""A rank's fp32 partition in every ZeRO stage: named once, read, written, and what the next step starts from."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.engine.conftest import Ran
+from tests.engine.plain import Plain
+from tests.engine.probes import ADAMW, EMBEDDING_RATE, RATE, SGD
+from tests.engine.silo import another_body, batch, joined, tables
+from tests.support.runs import largest_difference
+
+FP32 = 1e-5
+"""Relative L2 per tensor: fp32 sums of some hundred terms in another order differ by about 1e-6."""
+BF16 = 0.05
+"""Of the movement, not of the value: a bf16 gradient is 8 bits, averaged over ranks and micro-batches in 8 bits again.
+A gradient scaled or averaged wrongly is off by a factor of 2 or more."""
+
+
+def plain(ran: Ran, **optimizer: object) -> Plain:
+    config = ran.layout.config(**optimizer)
+    return Plain(config, *tables(config))
+
+
+def assert_moved_alike(ran: Ran, start: dict[str, torch.Tensor], found: dict[str, torch.Tensor], expected: dict) -> None:
+    """fp32: the values agree; bf16: the movements from `start` do."""
+    if ran.layout.precision == "fp32":
+        assert largest_difference(found, expected) < FP32
+    else:
+        moved = {name: found[name] - start[name] for name in found}
+        assert largest_difference(moved, {name: expected[name] - start[name] for name in expected}) < BF16
+
+
+def test_segments_name_every_element_once(ran: Ran) -> None:
+    """`joined` finds elements named twice or by nobody; places within a partition must not overlap either."""
+    reports = ran.of("written")
+    joined(ran.layout.config(), [report["built"] for report in reports])
+    for report in reports:
+        taken = np.zeros(report["numel"], int)
+        for segment in report["segments"]:
+            taken[segment.place] += 1
+        assert taken.max() == 1
+
+
+def test_partitions_are_of_one_size(ran: Ran) -> None:
+    """What the outer exchange's prediction rests on: every data rank's partition is equally long, padding included."""
+    assert len({report["numel"] for report in ran.of("written")}) == 1
+
+
+def test_padding_reads_as_zero(ran: Ran) -> None:
+    """Padding is no part of the body: whatever stands there in DeepSpeed's buffers, no norm or hash may depend on it."""
+    assert [report["padding"] for report in ran.of("written")] == [0.0] * ran.layout.ranks
+
+
+def test_read_is_the_built_body(ran: Ran) -> None:
+    built = joined(ran.layout.config(), [report["built"] for report in ran.of("written")])
+    reference = plain(ran, **SGD).body
+    assert all(torch.equal(built[name], parameter) for name, parameter in reference.named_parameters())
+
+
+def test_what_was_written_is_read_and_used_by_the_next_forward(ran: Ran) -> None:
+    """Low-precision copies are refreshed: the forward's losses are those of plain torch with the written body.
+
+    1e-6 in fp32, where only the loss's chunks differ; 0.02 in bf16, where a logit is good to 8 bits. The losses of the
+    body before the write are further away than that.
+    """
+    config = ran.layout.config(**SGD)
+    written = another_body(config)
+    read = joined(config, [report["read"] for report in ran.of("written")])
+    assert all(torch.equal(read[name], written[name]) for name in written)
+    reference = plain(ran, **SGD)
+    reference.body.load_state_dict(written)
+    tolerance = 1e-6 if ran.layout.precision == "fp32" else 0.02
+    for rank, report in enumerate(ran.of("written")):
+        mine = batch(9).view(-1, ran.layout.ranks, 2, batch(9).shape[1])[0, rank]
+        with torch.no_grad():
+            expected = reference.token_losses(mine[:, :-1], mine[:, 1:]).numpy()
+        np.testing.assert_allclose(report["losses"], expected, rtol=tolerance)
+        assert np.abs(report["built losses"] / expected - 1).max() > 5 * tolerance
+
+
+def test_the_next_step_starts_from_what_was_written(ran: Ran) -> None:
+    """Masters, not only weights: an SGD step after a write is one plain step from the written body."""
+    config = ran.layout.config(**SGD)
+    reference = plain(ran, **SGD)
+    reference.body.load_state_dict(another_body(config))
+    start = reference.state()
+    loss, _ = reference.step(batch(0), RATE, EMBEDDING_RATE)
+    reports = ran.of("written")
+    found = joined(config, [report["stepped"][0] for report in reports])
+    for report in reports:
+        tables_after = {name: torch.from_numpy(table) for name, table in report["stepped"][1].items()}
+        assert_moved_alike(ran, start, found | tables_after, reference.state())
+        assert report["loss"] == pytest.approx(loss, rel=1e-5 if ran.layout.precision == "fp32" else 0.01)
+
+
+def test_optimizer_state_saved_and_loaded_goes_on_to_the_bit(ran: Ran) -> None:
+    for report in ran.of("optimizer state"):
+        assert report["went on"] != report["loaded"]
+        assert report["went on"] == report["went on again"]
+
+
+def test_optimizer_state_is_known_by_name(ran: Ran) -> None:
+    """Empty at the start; after two steps torch's moments, cut and named like the body itself, and its step count."""
+    reports = ran.of("optimizer state")
+    config = ran.layout.config(**ADAMW)
+    reference = plain(ran, **ADAMW)
+    for number in range(2):
+        reference.step(batch(number), RATE)
+    for report in reports:
+        assert report["at start"] == []
+        assert report["steps"] == ([2.0], [2.0])
+    for moment in ("exp_avg", "exp_avg_sq"):
+        found = joined(config, [report["saved"][moment] for report in reports])
+        expected = {
+            name: reference.optimizer.state[parameter][moment] for name, parameter in reference.body.named_parameters()
+        }
+        if ran.layout.precision == "fp32":
+            # Squares double a gradient's relative error.
+            assert largest_difference(found, expected) < 2 * FP32
+        else:
+            assert largest_difference(found, expected) < 2 * BF16
+
+
+def test_reset_optimizer_starts_like_a_fresh_one(ran: Ran) -> None:
+    """Bias correction included: after a reset the next update is a first update."""
+    config = ran.layout.config(**ADAMW)
+    reports = ran.of("optimizer state")
+    reference = plain(ran, **ADAMW)
+    before = joined(config, [report["before reset step"][0] for report in reports])
+    with torch.no_grad():
+        reference.body.load_state_dict(before)
+        for name, table in reports[0]["before reset step"][1].items():
+            getattr(reference, name).copy_(torch.from_numpy(table))
+    start = reference.state()
+    reference.step(batch(2), RATE)
+    found = joined(config, [report["after reset step"][0] for report in reports])
+    for report in reports:
+        assert report["at reset"] == ([], [])
+        assert report["steps after reset"] == [1.0]
+        tables_after = {name: torch.from_numpy(table) for name, table in report["after reset step"][1].items()}
+        assert_moved_alike(ran, start, found | tables_after, reference.state())
