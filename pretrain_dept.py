@@ -57,10 +57,10 @@ def main(argv: Sequence[str], launch: Launch) -> int:
     arguments, overrides = parse(argv)
     config = load_config(arguments.config, overrides)
     if arguments.dry_run:
-        from megatron_dept.training.plan import print_plan
+        from megatron_dept.training.plan import build_plan, print_plan
 
-        if launch.rank == 0:
-            print_plan(config, arguments.ranks or launch.world_size)
+        # Every rank makes the plan, so that all end alike where it cannot be made; one prints it.
+        (print_plan if launch.rank == 0 else build_plan)(config, arguments.ranks or launch.world_size)
         return 0
     # Imported late: a mistake in the configuration is told at once, not after torch and DeepSpeed have loaded.
     from megatron_dept.training.setup import run
@@ -98,7 +98,9 @@ def guarded(argv: Sequence[str]) -> int:
 
 def _tell(launch: Launch, message: str) -> None:
     where = f"rank {launch.rank}: " if launch.world_size > 1 else ""
-    print(f"error: {where}{' '.join(message.split())}", file=sys.stderr, flush=True)
+    # One write, or the lines of ranks that share a terminal would mix.
+    sys.stderr.write(f"error: {where}{' '.join(message.split())}\n")
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":

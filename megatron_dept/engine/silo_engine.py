@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,7 @@ class SiloEngine:
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         count_silo_traffic(world.ledger, world.layout.silo_size)
+        built = _copies(body) if config.training.precision == "bf16" else {}
         self.engine, *_ = deepspeed.initialize(
             model=body,
             optimizer=build_optimizer(list(body.parameters()), config.optimizer),
@@ -70,6 +71,12 @@ class SiloEngine:
             dist_init_required=False,
         )
         self.shards = body_shards(self.engine, body, config.parallel.zero_stage, world.silo)
+        if built:
+            # DeepSpeed casts the body first and makes its fp32 masters of what the rounding left.
+            flat = self.shards.read()
+            for segment in self.shards.segments:
+                flat[segment.place] = built[segment.name].view(-1)[segment.start : segment.stop]
+            self.shards.write(flat)
 
     def train_step(
         self,
@@ -77,10 +84,13 @@ class SiloEngine:
         owner: EmbeddingOwner,
         learning_rate: float,
         embedding_learning_rate: float,
-        stop: bool = False,
+        stop: Callable[[], bool] = lambda: False,
         want_activation_norm: bool = False,
     ) -> StepResult:
-        """One inner step over this rank's micro-batches of (inputs, targets), local ids int64 [b, s] each."""
+        """One inner step over this rank's micro-batches of (inputs, targets), local ids int64 [b, s] each.
+
+        `stop` is asked at the end of the step, so that a request made during it is known after it.
+        """
         assert len(micro_batches) == self.accumulation_steps
         self.engine.train()
         loss_sum = 0.0
@@ -101,7 +111,7 @@ class SiloEngine:
             group["lr"] = learning_rate
         self.shards.step(self.engine, body_norm, coefficient)
         owner.step(embedding_learning_rate, coefficient)
-        agreed = torch.tensor([loss_sum / len(micro_batches), float(stop)], dtype=torch.float64)
+        agreed = torch.tensor([loss_sum / len(micro_batches), float(stop())], dtype=torch.float64)
         self._world.silo.all_reduce_sum(agreed, "control")
         return StepResult(
             loss=float(agreed[0]) / self._world.silo.size,
@@ -161,6 +171,11 @@ class SiloEngine:
             **({"csv_monitor": monitor} if log.csv else {}),
             **({"wandb": {"enabled": True, "project": config.run_dir.name}} if log.wandb else {}),
         }
+
+
+def _copies(body: nn.Module) -> dict[str, Tensor]:
+    """The body's fp32 parameters as they were built, by name."""
+    return {name: parameter.detach().clone() for name, parameter in body.named_parameters()}
 
 
 def _quieten() -> None:

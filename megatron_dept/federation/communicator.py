@@ -5,6 +5,8 @@ DeepSpeed world stays whole and knows of no other. Every collective here names t
 """
 
 import pickle
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -21,6 +23,9 @@ from megatron_dept.federation.ledger import (
     all_reduce_bytes,
 )
 
+NO_LIMIT = timedelta(days=365)
+POLL_SECONDS = 0.005
+
 
 class Communicator(Protocol):
     """The collectives that rounds need; `rank` and `size` are within the group."""
@@ -34,6 +39,7 @@ class Communicator(Protocol):
     def broadcast(self, value: Tensor, source: int, kind: Kind) -> None: ...
     def all_gather_object(self, value: Any) -> list[Any]: ...
     def barrier(self) -> None: ...
+    def wait_for_all(self, meanwhile: Callable[[], object]) -> None: ...
 
 
 class Alone:
@@ -58,6 +64,9 @@ class Alone:
         return [value]
 
     def barrier(self) -> None:
+        return None
+
+    def wait_for_all(self, meanwhile: Callable[[], object]) -> None:
         return None
 
 
@@ -117,6 +126,21 @@ class GroupCommunicator:
     def barrier(self) -> None:
         """Return once every rank has come; a dead peer is an error, not a hang."""
         self.all_reduce_sum(torch.zeros(1, device=self._device), "control")
+
+    def wait_for_all(self, meanwhile: Callable[[], object]) -> None:
+        """A barrier without the time limit, for waiting while another rank works; a dead peer is still an error.
+
+        `meanwhile` is called again and again until all have come; signals are handled between the calls.
+        """
+        token = torch.zeros(1, device=self._device)
+        options = dist.AllreduceOptions()
+        options.timeout = NO_LIMIT
+        work = self.group.allreduce([token], options)
+        while not work.is_completed():
+            meanwhile()
+            time.sleep(POLL_SECONDS)
+        self._run(work, "control")
+        self._ledger.add(self._scope, "control", all_reduce_bytes(token.numel() * token.element_size(), self.size))
 
     def _run(self, work: Any, kind: Kind) -> None:
         try:

@@ -23,6 +23,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             what = "both" if found else "neither"
             raise DataError(f"{path} holds {what} {SENTENCEPIECE_FILE} and {HUGGINGFACE_FILE}; name the file to use")
         path = path / found[0]
+    if not path.exists():
+        raise DataError(f"tokenizer {path} does not exist; make one with tools/train_tokenizer.py")
     if path.suffix == ".model":
         return SentencePieceTokenizer(path)
     if path.suffix == ".json":

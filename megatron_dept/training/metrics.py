@@ -5,7 +5,7 @@ import sys
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 from megatron_dept.common.files import read_json, write_json
 from megatron_dept.common.progress import format_seconds
@@ -33,16 +33,22 @@ class Metrics:
     def say(self, text: str) -> None:
         """One line on the console."""
         if self._speaks:
-            print(text, flush=True)
+            _print_whole(text, sys.stdout)
 
     def warn(self, text: str) -> None:
         """One line on stderr, from whichever rank has something to warn of."""
-        print(f"warning: silo {self._silo}: {text}", file=sys.stderr, flush=True)
+        _print_whole(f"warning: silo {self._silo}: {text}", sys.stderr)
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
             self._file.close()
+
+
+def _print_whole(line: str, stream: TextIO) -> None:
+    """One write, its end of line included: under launchers' `python -u` print makes two, and ranks' lines would mix."""
+    stream.write(f"{line}\n")
+    stream.flush()
 
 
 class Pace:

@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_dept.checkpoint.reader import Checkpoint, committed
+from megatron_dept.checkpoint.reader import Checkpoint
 from megatron_dept.checkpoint.store import SourceStore
-from megatron_dept.common.errors import CheckpointError, ConfigError
+from megatron_dept.common.cli import explain_refusal
+from megatron_dept.common.errors import CheckpointError, ConfigError, FederationError, UserError
 from megatron_dept.common.files import atomic_write
 from megatron_dept.config.load import dump_config
 from megatron_dept.config.schema import LoggingConfig, RunConfig
@@ -26,9 +27,10 @@ from megatron_dept.training.inner_state import InnerState
 from megatron_dept.training.metrics import Metrics
 from megatron_dept.training.plan import write_plan
 from megatron_dept.training.progress_state import RunProgress
+from megatron_dept.training.resume import fingerprint, resume_point
 from megatron_dept.training.signals import StopRequest
 from megatron_dept.training.sources import SourceSet
-from megatron_dept.training.state import RunState, fingerprint
+from megatron_dept.training.state import RunState
 from megatron_dept.training.trainer import Trainer
 
 
@@ -42,20 +44,44 @@ def run(config: RunConfig, launch: Launch) -> bool:
     _check_monitors(config.logging)
     sources = SourceSet(config)
     start_from = _adapt_start(config, sources)
+    resume_from = resume_point(config, sources)
     set_threads(config, launch)
     world = start_world(launch, layout, config.training.timeout_seconds)
     try:
-        trainer = build_trainer(config, world, sources, start_from)
+        trainer = build_trainer(config, world, sources, start_from, resume_from)
         finished = trainer.run()
         world.barrier()
         return finished
+    except OSError as error:
+        refusal = explain_refusal(error)
+        if error.filename is not None or refusal is None:
+            raise
+        # A write to an open file that is refused knows no name: logs, then, all of which are in one place.
+        raise UserError(f"cannot write in {config.run_dir}: {refusal}") from error
+    except RuntimeError as error:
+        # Our own collectives say so themselves; these are DeepSpeed's, at start-up and inside a silo.
+        if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
+            raise
+        raise FederationError(
+            f"lost another rank ({str(error).strip().splitlines()[0]}); look at that rank's log, then start again: "
+            "the run resumes from its last checkpoint"
+        ) from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def build_trainer(config: RunConfig, world: World, sources: SourceSet, start_from: Checkpoint | None = None) -> Trainer:
-    """Everything a run consists of, at its last checkpoint or at its start; collective."""
+def build_trainer(
+    config: RunConfig,
+    world: World,
+    sources: SourceSet,
+    start_from: Checkpoint | None = None,
+    resume_from: Checkpoint | None = None,
+) -> Trainer:
+    """Everything a run consists of, as `resume_from` holds it or at its start; collective.
+
+    `start_from`: the checkpoint whose body an adapt run begins with.
+    """
     metrics = Metrics(config.run_dir, world.place.silo, world.leads_silo, world.leads_silo)
     body = build_body(config.model, config.seed, config.training.activation_checkpointing)
     if start_from is not None:
@@ -68,19 +94,23 @@ def build_trainer(config: RunConfig, world: World, sources: SourceSet, start_fro
     store = SourceStore(config.run_dir / "store")
     broker = EmbeddingBroker(config, world, store, sources.vocab_size, rule)
     state = RunState(config, world, sources, engine, exchange, broker, store)
-    progress = _resume(config, world, state, broker, sources, metrics)
-    if world.is_writer:
-        # Only now: a run that is refused for differing from its checkpoint leaves what describes that as it was.
-        with atomic_write(config.run_dir / "config.yaml", "w") as handle:
-            handle.write(dump_config(config))
-        write_plan(config, world.layout.world_size, config.run_dir / "plan.json")
-    if progress is None:
-        progress = RunProgress()
+    progress = RunProgress()
+    if resume_from is not None:
+        progress = state.restore(resume_from)
+        if broker.resident is not None:
+            state.resume_flight(sources.trained[0], broker.resident)
+        if world.is_writer:
+            metrics.say(f"resuming from {resume_from.directory} at round {progress.round + 1}/{config.dept.rounds}")
+    else:
         if world.is_writer:
             store.clear()
         world.barrier()
         if start_from is not None:
             _load_embedding(config, broker, start_from)
+    if world.is_writer:
+        with atomic_write(config.run_dir / "config.yaml", "w") as handle:
+            handle.write(dump_config(config))
+        write_plan(config, world.layout.world_size, config.run_dir / "plan.json")
     return Trainer(
         config=config,
         world=world,
@@ -110,26 +140,6 @@ def _check_monitors(logging: LoggingConfig) -> None:
                 f"logging.{package} needs the package {package}, which is not installed; "
                 f"pip install {package}, or set logging.{package}: false"
             )
-
-
-def _resume(
-    config: RunConfig,
-    world: World,
-    state: RunState,
-    broker: EmbeddingBroker,
-    sources: SourceSet,
-    metrics: Metrics,
-) -> RunProgress | None:
-    """Progress at the run's last checkpoint, everything restored; None where it has none."""
-    if not committed(config.run_dir / "checkpoints"):
-        return None
-    checkpoint = Checkpoint.open(config.run_dir)
-    progress = state.restore(checkpoint)
-    if broker.resident is not None:
-        state.resume_flight(sources.trained[0], broker.resident)
-    if world.is_writer:
-        metrics.say(f"resuming from {checkpoint.directory} at round {progress.round + 1}/{config.dept.rounds}")
-    return progress
 
 
 def _adapt_start(config: RunConfig, sources: SourceSet) -> Checkpoint | None:

@@ -16,10 +16,8 @@ from megatron_dept.checkpoint.reader import Checkpoint
 from megatron_dept.checkpoint.slices import SliceIndex, cut_by_name, whole
 from megatron_dept.checkpoint.store import SourceStore
 from megatron_dept.checkpoint.writer import save_checkpoint
-from megatron_dept.common.errors import CheckpointError
 from megatron_dept.common.segments import Segment
 from megatron_dept.config.schema import RunConfig
-from megatron_dept.data.directory import DatasetDirectory
 from megatron_dept.engine.embedding_owner import EmbeddingOwner
 from megatron_dept.engine.silo_engine import SiloEngine
 from megatron_dept.engine.world import World
@@ -27,6 +25,7 @@ from megatron_dept.federation.body_exchange import BodyExchange
 from megatron_dept.training.embeddings import EmbeddingBroker, embedding_tensors, read_embedding_optimizer
 from megatron_dept.training.inner_state import inner_tensors, read_inner_state
 from megatron_dept.training.progress_state import RunProgress
+from megatron_dept.training.resume import fingerprint
 from megatron_dept.training.sources import MIXTURE, SourceSet
 
 
@@ -73,9 +72,10 @@ class RunState:
                 tensors |= self._carried(name)
             for name, vocabulary in self._sources.vocabularies.items():
                 tensors |= whole(f"vocabulary/{name}", torch.from_numpy(vocabulary.ids.copy()))
-        target = self._directory / f"step-{progress.total_steps:08d}"
-        save_checkpoint(
-            target,
+        # A rank that idles is ahead of its silo: what others put into the store must be there before it is listed.
+        self._world.barrier()
+        target = save_checkpoint(
+            self._directory / f"step-{progress.total_steps:08d}",
             self._world.launch.rank,
             self._world.gather_all,
             tensors,
@@ -89,11 +89,7 @@ class RunState:
         return target
 
     def restore(self, checkpoint: Checkpoint) -> RunProgress:
-        """Load a checkpoint of this run into engine, exchange, tables and store; collective.
-
-        Raises `CheckpointError` naming the first field in which the run differs from the checkpoint's.
-        """
-        self._check(checkpoint)
+        """Load a checkpoint of this run (see `training.resume`) into engine, exchange, tables and store; collective."""
         progress = RunProgress.load(checkpoint.manifest["progress"])
         index, shards = checkpoint.index, self._engine.shards
         body = index.fill(torch.zeros(shards.numel), "body", shards.segments)
@@ -200,30 +196,3 @@ class RunState:
             "progress": progress.dump(),
             "trained_with": config.model_dump(mode="json"),
         }
-
-    def _check(self, checkpoint: Checkpoint) -> None:
-        """What a resumed run must share with its checkpoint: everything that its numbers depend on but the layout."""
-        then, config = checkpoint.manifest["trained_with"], self._config
-        now = config.model_dump(mode="json")
-        pairs = [(section, then[section], now[section]) for section in ("seed", "phase", "model", "optimizer", "adapt")]
-        same = ("variant", "rounds", "n_local", "sources_per_round", "inner_state", "outer", "std_tau")
-        pairs += [(f"dept.{field}", then["dept"][field], now["dept"][field]) for field in same]
-        pairs += [
-            (f"training.{field}", then["training"][field], now["training"][field])
-            for field in ("global_batch_size", "precision")
-        ]
-        prints = {name: entry["tokenizer_fingerprint"] for name, entry in checkpoint.manifest["sources"].items()}
-        pairs.append(
-            ("sources", prints, {name: fingerprint(directory) for name, directory in self._sources.directories.items()})
-        )
-        for field, before, after in pairs:
-            if before != after:
-                raise CheckpointError(
-                    f"{checkpoint.directory} was trained with {field} {before}, this run has {after}; "
-                    "set it back, or choose another run_dir for a new run"
-                )
-
-
-def fingerprint(directory: DatasetDirectory) -> str:
-    """SHA-256 of the tokenizer that a dataset was made with."""
-    return str(directory.card["tokenizer"]["fingerprint"])

@@ -9,6 +9,7 @@ is called: at the slot's end, at a checkpoint within it, and as soon as one of t
 import hashlib
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,14 +99,14 @@ class Trainer:
         self._traffic = TrafficPlan(config, world.layout, sources, [engine.shards.numel] * world.layout.silo_size)
         self._ledger_file = LedgerFile(config.run_dir / "ledger.json", progress.round) if world.is_writer else None
         self._reporter = StepReporter(config, world, engine, metrics, Pace(self._steps_left()))
-        self._saved_at = progress.total_steps
+        self._saved_at = (progress.round, progress.total_steps)
 
     def run(self) -> bool:
         """Train to the end; False where the run was asked to stop and has saved itself."""
         while self.progress.round < self._config.dept.rounds:
             if not self._round():
                 return False
-        if self._saved_at != self.progress.total_steps:
+        if self._saved_at != (self.progress.round, self.progress.total_steps):
             self._save(None)
         return True
 
@@ -196,7 +197,7 @@ class Trainer:
             held.owner,
             rate,
             embedding_rate,
-            stop=self._stop.asked,
+            stop=lambda: self._stop.asked,
             want_activation_norm=self._reporter.wants_norms(step),
         )
         local.trained += 1
@@ -233,12 +234,17 @@ class Trainer:
             self._metrics.warn(f"{what}; its delta is left out of the round")
 
     def _meet(self, local: LocalPhase) -> bool:
-        """Tell all silos how far this one is; everyone's progress becomes equal. True where any was asked to stop."""
-        report = (local.name, local.step, local.bad, local.trained, local.skipped, local.stop)
+        """Tell all silos how far this one is; everyone's progress becomes equal. True where any was asked to stop.
+
+        A silo that comes early waits as long as the others train, and passes on a request to stop meanwhile.
+        """
+        self._world.peers.wait_for_all(lambda: self._stop.asked)
+        report = (local.name, local.step, local.bad, local.trained, local.skipped, local.stop or self._stop.asked)
         local.trained = local.skipped = 0
-        progress, stop = self.progress, False
-        for name, step, bad, trained, skipped, asked in self._world.peers.all_gather_object(report):
-            stop = stop or asked
+        # Of all ranks: the data ranks of an idle silo share no step in which they would have agreed on a request.
+        reports: list[Any] = self._world.gather_all(report)
+        progress = self.progress
+        for name, step, bad, trained, skipped, _ in reports[:: self._world.layout.silo_size]:
             if name is None:
                 continue
             progress.flights[name] = Flight(step, bad)
@@ -248,7 +254,7 @@ class Trainer:
             progress.skipped += skipped
             if self._is_dropped(bad) and name not in progress.dropped:
                 progress.dropped.append(name)
-        return stop
+        return any(stop for *_, stop in reports)
 
     def _end_round(self, sampled: tuple[str, ...]) -> dict[str, object]:
         """The outer step: new global body and shared rows everywhere; what the round's log entry says of it."""
@@ -260,10 +266,10 @@ class Trainer:
             self._broker.end_round()
             self._engine.shards.write(self._exchange.value)
             self._body_is_global = True
-            entry["delta_norm"] = float(torch.linalg.vector_norm(before.sub_(self._exchange.value)))
+            entry["delta_norm"] = self._body_norm(before.sub_(self._exchange.value))
             entry["body_hash"] = self._agree_on_body(self._exchange.value)
         else:
-            entry["body_hash"] = hash_flat(self._engine.shards.read())
+            entry["body_hash"] = self._agree_on_body(self._engine.shards.read())
         # The store's files of this round are written before anyone reads them in the next.
         self._world.barrier()
         self.progress.round += 1
@@ -271,15 +277,22 @@ class Trainer:
         return entry | {"exchange_seconds": time.perf_counter() - began}
 
     def _agree_on_body(self, value: Tensor) -> str:
-        """The hash of this rank's partition of the global body, which must be every peer's."""
-        mine = hash_flat(value)
-        hashes = self._world.peers.all_gather_object(mine)
-        if set(hashes) != {mine}:
+        """The hash of the whole body, from every rank's partition of it; silos must have the same."""
+        hashes: list[Any] = self._world.gather_all(hash_flat(value))
+        size = self._world.layout.silo_size
+        bodies = ["-".join(hashes[first : first + size]) for first in range(0, len(hashes), size)]
+        if len(set(bodies)) != 1:
             raise FederationError(
-                f"silos hold different bodies after round {self.progress.round + 1}: {hashes}; "
+                f"silos hold different bodies after round {self.progress.round + 1}: {bodies}; "
                 "this is a fault of memory or network, start again from the last checkpoint"
             )
-        return mine
+        return bodies[0]
+
+    def _body_norm(self, partition: Tensor) -> float:
+        """L2 norm over the silo of what each of its ranks has a partition of."""
+        squared = torch.linalg.vector_norm(partition).double().square().reshape(1).cpu()
+        self._world.silo.all_reduce_sum(squared, "control")
+        return float(squared.sqrt())
 
     def _validate(self, validation: Validation, number: int) -> None:
         step = self.progress.round * self._config.dept.n_local
@@ -320,7 +333,7 @@ class Trainer:
         elif local is not None and local.name is not None and local.held is not None:
             flight = (local.name, local.held.owner)
         path = self._state.save(self.progress, flight, self._active)
-        self._saved_at = self.progress.total_steps
+        self._saved_at = (self.progress.round, self.progress.total_steps)
         if self._world.is_writer:
             self._metrics.say(f"saved {path}")
 
@@ -338,8 +351,7 @@ class Trainer:
             return False
         if checkpoint.save_interval_unit == "rounds":
             return (number + 1) % checkpoint.save_interval == 0
-        n_local = self._config.dept.n_local
-        return (number + 1) * n_local // checkpoint.save_interval > number * n_local // checkpoint.save_interval
+        return (number + 1) * self._config.dept.n_local % checkpoint.save_interval == 0
 
     def _sampled(self, number: int) -> tuple[str, ...]:
         names = self._sources.trained

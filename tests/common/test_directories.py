@@ -1,6 +1,7 @@
 """A directory of results is whole or absent, and nothing that is not ours is deleted."""
 
 import errno
+from pathlib import Path
 
 import pytest
 
@@ -88,3 +89,19 @@ def test_a_place_that_cannot_be_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"), whole_directory(tmp_path / "file" / "out", "card.json"):
         pytest.fail("the work began")
+
+
+def test_the_old_one_stays_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    make(tmp_path / "out", "old")
+    rename = Path.rename
+
+    def fail_for_new(self, target):
+        if self.suffix == ".tmp":
+            raise OSError(errno.EACCES, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_new)
+    with pytest.raises(UserError, match="Permission denied"):
+        make(tmp_path / "out", "new", overwrite=True)
+    assert (tmp_path / "out" / "card.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

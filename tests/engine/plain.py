@@ -58,7 +58,9 @@ class Plain:
         loss.backward()
         return float(loss.detach())
 
-    def step(self, batch: Tensor, learning_rate: float, embedding_learning_rate: float | None = None) -> tuple[float, float]:
+    def step(
+        self, batch: Tensor, learning_rate: float, embedding_learning_rate: float | None = None
+    ) -> tuple[float, float]:
         """One step on a whole batch, clipped as configured: (loss, gradient norm before clipping)."""
         loss = self.backward(batch)
         clip = self.config.optimizer.clip_grad

@@ -28,7 +28,7 @@ CLIP = 0.05
 
 @dataclass(frozen=True)
 class Layout:
-    """`subgroup`: ZeRO-3's sub_group_size, small to have several; `hidden` 168 makes parameters that stage 3 really cuts."""
+    """`subgroup`: ZeRO-3's sub_group_size, small to have several; `hidden` 168 has parameters that it really cuts."""
 
     stage: int
     precision: str
@@ -167,7 +167,7 @@ def optimizer_state(layout: Layout, world: World) -> dict[str, Any]:
 
 
 def poisoned(layout: Layout, world: World) -> dict[str, Any]:
-    """Per kind of poison: bits before and after a poisoned step, and after the next one; then the same without poison."""
+    """Per kind of poison: bits before and after a poisoned step, and after the next; then the same without poison."""
     results = {}
     for where, poison in POISONS.items():
         silo = _silo(layout, world, **ADAMW, clip_grad=CLIP)
@@ -235,6 +235,18 @@ def _poison_loss(silo: Silo) -> Callable[[], None]:
 
 POISONS = {"body": _poison_body, "embedding": _poison_embedding, "loss": _poison_loss}
 
+
+def asked_to_stop(layout: Layout, world: World) -> dict[str, Any]:
+    """The last rank alone is asked to stop in the second step."""
+    silo = _silo(layout, world, **SGD)
+    last = world.launch.rank == world.launch.world_size - 1
+    answers = [
+        silo.engine.train_step(silo.micro_batches(0), silo.owner, RATE, RATE, stop=lambda asked=asked: asked).stop
+        for asked in (False, last)
+    ]
+    return {"stops": answers, "without": silo.step(0, RATE).stop}
+
+
 PROBES: dict[str, Callable[[Layout, World], dict[str, Any]]] = {
     "written": written,
     "clipped": clipped,
@@ -242,4 +254,5 @@ PROBES: dict[str, Callable[[Layout, World], dict[str, Any]]] = {
     "adamw": adamw,
     "optimizer state": optimizer_state,
     "poisoned": poisoned,
+    "asked to stop": asked_to_stop,
 }

@@ -38,7 +38,7 @@ def engine_config(stage: int, precision: str, hidden: int = 10, **optimizer: Any
                 "hidden_size": hidden,
                 "num_attention_heads": 2,
                 "seq_length": SEQUENCE,
-                "init_std": 0.2,
+                "init_std": 0.2 if hidden < 100 else 0.04,
             },
             "sources": [{"name": "none", "data": "unused"}],
             "parallel": {"zero_stage": stage},
@@ -63,9 +63,8 @@ def batch(step: int) -> Tensor:
 def another_body(config: RunConfig) -> dict[str, Tensor]:
     """Other values for every parameter than the built body's, alike in size so that a forward stays in range."""
     return {
-        name: parameter.detach() + 0.1 * torch.randn(
-            parameter.shape, generator=torch.Generator().manual_seed(seed_for("another", name))
-        )
+        name: parameter.detach()
+        + 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed_for("another", name)))
         for name, parameter in build_body(config.model, config.seed).named_parameters()
     }
 
@@ -119,7 +118,9 @@ def joined(config: RunConfig, ranks: list[Pieces]) -> dict[str, Tensor]:
     """Named tensors from all ranks' pieces; an element named by none or by two is an error."""
     whole = {}
     for name, parameter in build_body(config.model, config.seed).named_parameters():
-        found = sorted((start, stop, piece) for pieces in ranks for (of, start, stop), piece in pieces.items() if of == name)
+        found = sorted(
+            (start, stop, piece) for pieces in ranks for (of, start, stop), piece in pieces.items() if of == name
+        )
         at = 0
         for start, stop, piece in found:
             assert start == at, f"{name}: element {min(start, at)} is named {'twice' if start < at else 'by nobody'}"

@@ -22,7 +22,9 @@ def plain(ran: Ran, **optimizer: object) -> Plain:
     return Plain(config, *tables(config))
 
 
-def assert_moved_alike(ran: Ran, start: dict[str, torch.Tensor], found: dict[str, torch.Tensor], expected: dict) -> None:
+def assert_moved_alike(
+    ran: Ran, start: dict[str, torch.Tensor], found: dict[str, torch.Tensor], expected: dict
+) -> None:
     """fp32: the values agree; bf16: the movements from `start` do."""
     if ran.layout.precision == "fp32":
         assert largest_difference(found, expected) < FP32
@@ -48,7 +50,13 @@ def test_partitions_are_of_one_size(ran: Ran) -> None:
 
 
 def test_padding_reads_as_zero(ran: Ran) -> None:
-    """Padding is no part of the body: whatever stands there in DeepSpeed's buffers, no norm or hash may depend on it."""
+    """Padding is no part of the body: no norm or hash may depend on what stands there in DeepSpeed's buffers.
+
+    The probe has written 1e30 into it. On 3 ranks there is some.
+    """
+    named = sum(len(piece) for report in ran.of("written") for piece in report["built"].values())
+    padded = sum(report["numel"] for report in ran.of("written"))
+    assert padded > named or ran.layout.ranks < 3
     assert [report["padding"] for report in ran.of("written")] == [0.0] * ran.layout.ranks
 
 
@@ -61,8 +69,8 @@ def test_read_is_the_built_body(ran: Ran) -> None:
 def test_what_was_written_is_read_and_used_by_the_next_forward(ran: Ran) -> None:
     """Low-precision copies are refreshed: the forward's losses are those of plain torch with the written body.
 
-    1e-6 in fp32, where only the loss's chunks differ; 0.02 in bf16, where a logit is good to 8 bits. The losses of the
-    body before the write are further away than that.
+    1e-5 of their norm in fp32, where only the loss's chunks differ; 0.02 in bf16, where a logit is good to 8 bits. The
+    losses of the body before the write are further away than that.
     """
     config = ran.layout.config(**SGD)
     written = another_body(config)
@@ -70,13 +78,14 @@ def test_what_was_written_is_read_and_used_by_the_next_forward(ran: Ran) -> None
     assert all(torch.equal(read[name], written[name]) for name in written)
     reference = plain(ran, **SGD)
     reference.body.load_state_dict(written)
-    tolerance = 1e-6 if ran.layout.precision == "fp32" else 0.02
+    tolerance = FP32 if ran.layout.precision == "fp32" else 0.02
     for rank, report in enumerate(ran.of("written")):
         mine = batch(9).view(-1, ran.layout.ranks, 2, batch(9).shape[1])[0, rank]
         with torch.no_grad():
             expected = reference.token_losses(mine[:, :-1], mine[:, 1:]).numpy()
-        np.testing.assert_allclose(report["losses"], expected, rtol=tolerance)
-        assert np.abs(report["built losses"] / expected - 1).max() > 5 * tolerance
+        size = np.linalg.norm(expected)
+        assert np.linalg.norm(report["losses"] - expected) < tolerance * size
+        assert np.linalg.norm(report["built losses"] - expected) > 5 * tolerance * size
 
 
 def test_the_next_step_starts_from_what_was_written(ran: Ran) -> None:

@@ -33,7 +33,7 @@ def test_several_steps_are_one_process_with_the_whole_batch(ran: Ran, probe: str
 
 
 def test_one_clip_norm_over_body_and_embedding(ran: Ran) -> None:
-    """torch.nn.utils.clip_grad_norm_ over all parameters in one process; clipping by parts would move them otherwise."""
+    """torch.nn.utils.clip_grad_norm_ over all parameters in one process; clipping by parts moves them otherwise."""
     reference = plain(ran, **SGD, clip_grad=CLIP)
     start = reference.state()
     norms = [reference.step(batch(number), 10 * RATE, 10 * EMBEDDING_RATE)[1] for number in range(2)]
@@ -50,13 +50,17 @@ def test_one_clip_norm_over_body_and_embedding(ran: Ran) -> None:
 
 @pytest.mark.parametrize("where", POISONS)
 def test_a_gradient_that_is_not_finite_moves_nothing(ran: Ran, where: str) -> None:
-    """The step is skipped on every rank, whichever rank and part the bad gradient was in; the next step is as if without."""
+    """The step is skipped on every rank, whichever rank and part the bad gradient was in; the next is as if without."""
     for report in ran.of("poisoned"):
         seen = report[where]
         assert seen["skipped"] == (True, False)
         assert not math.isfinite(seen["norm"])
         assert seen["after"] == seen["before"]
         assert seen["next"] == report["never"]["next"]
+
+
+def test_a_rank_asked_to_stop_tells_its_silo_in_the_same_step(ran: Ran) -> None:
+    assert ran.of("asked to stop") == [{"stops": [False, True], "without": False}] * ran.layout.ranks
 
 
 def test_data_ranks_hold_one_embedding(ran: Ran) -> None:

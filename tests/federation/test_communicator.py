@@ -100,7 +100,30 @@ OPERATIONS: dict[str, Callable[[Communicator], Any]] = {
     "gradient": lambda peers: peers.all_reduce_sum(torch.zeros(2), "gradient"),
     "position": lambda peers: peers.broadcast(torch.zeros(2), 1, "position"),
     "control": lambda peers: peers.all_gather_object("here"),
+    "waiting": lambda peers: peers.wait_for_all(lambda: None),
 }
+
+
+def _come_late(launch: Launch) -> tuple[int, float]:
+    peers = join_groups(launch, silos=2, timeout_seconds=1).peers
+    peers.barrier()
+    calls = 0
+
+    def meanwhile() -> None:
+        nonlocal calls
+        calls += 1
+
+    began = time.monotonic()
+    if launch.rank == 1:
+        time.sleep(2.5)
+    peers.wait_for_all(meanwhile)
+    return calls, time.monotonic() - began
+
+
+def test_waiting_for_a_silo_at_work_has_no_time_limit() -> None:
+    """2.5 times the groups' timeout, and the waiting rank goes on being asked for other things."""
+    calls, seconds = run_ranks(2, _come_late)[0]
+    assert seconds > 2 and calls > 10
 
 
 def _lose_a_peer(launch: Launch, silos: int, data: int, kind: str) -> tuple[str, float] | None:
@@ -120,7 +143,8 @@ def _lose_a_peer(launch: Launch, silos: int, data: int, kind: str) -> tuple[str,
 @pytest.mark.parametrize("kind", OPERATIONS)
 def test_a_dead_peer_is_an_error_at_once(kind: str) -> None:
     message, seconds = run_ranks(2, _lose_a_peer, 2, 1, kind)[0]
-    assert "rank 0 of 2 lost a peer in another silo" in message and f"exchanging {kind}" in message, message
+    exchanged = "control" if kind == "waiting" else kind
+    assert "rank 0 of 2 lost a peer in another silo" in message and f"exchanging {exchanged}" in message, message
     assert "resumes from its last checkpoint" in message and "\n" not in message
     assert seconds < SECONDS_TO_NOTICE
 

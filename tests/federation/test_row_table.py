@@ -1,4 +1,4 @@
-"""The row table against numpy on several layouts of silos x data: the same bits, and only the rows asked for on the wire.
+"""The row table against numpy on several layouts of silos x data: the same bits; only rows asked for cross the wire.
 
 The reference keeps the whole table in one place. `V` rows, `h` hidden, `S` silos, `D` data ranks of each.
 """
@@ -45,7 +45,7 @@ class Case:
 
 
 def cases(silos: int) -> list[Case]:
-    """Overlapping, disjoint, equal, single and no ids; idle silos; several slots; left-out sources; fewer rows than ranks."""
+    """Overlapping, disjoint, equal, single, no ids; idle silos; many slots; left-out sources; fewer rows than ranks."""
     rows = 23
     everything = tuple(range(rows))
 
@@ -213,8 +213,9 @@ def test_a_row_held_by_none_is_unchanged_to_the_bit(ran: Ran) -> None:
     for round, slots in enumerate(case.rounds):
         held = {row for slot in slots for turn in slot if turn and not turn.dropped for row in turn.ids}
         idle = [row for row in range(case.total_rows) if row not in held]
-        after, after_momentum = whole(reports, lambda r, t=round: r.rows[t]), whole(
-            reports, lambda r, t=round: r.momentum[t]
+        after, after_momentum = (
+            whole(reports, lambda r, t=round: r.rows[t]),
+            whole(reports, lambda r, t=round: r.momentum[t]),
         )
         np.testing.assert_array_equal(after[idle], before[idle])
         np.testing.assert_array_equal(after_momentum[idle], momentum[idle])
@@ -225,7 +226,7 @@ def test_a_row_held_by_none_is_unchanged_to_the_bit(ran: Ran) -> None:
 
 
 def test_only_rows_asked_from_other_silos_are_charged(ran: Ran) -> None:
-    """Between silos: rows asked outside x h x 4 bytes, once to fetch and once to return; inside: to the other data ranks."""
+    """Between silos: rows asked outside x h x 4 bytes, to fetch and again to return; inside: to other data ranks."""
     silos, data, ranks = ran
     for number, case in enumerate(cases(silos)):
         block = -(-case.total_rows // (silos * data))

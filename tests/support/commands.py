@@ -5,10 +5,11 @@ fresh interpreter has them.
 """
 
 import os
+import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,11 +42,33 @@ class Outcome:
         return lines[0]
 
 
-def run_command(config: RunConfig, ranks: int = 1, fault: Fault | None = None, limit: float = 60) -> list[Outcome]:
-    """Start the program on `config` (written beside its run_dir) on so many ranks; how each ended, in rank order."""
-    file = config.run_dir.with_suffix(".yaml")
+def run_command(
+    config: RunConfig,
+    ranks: int = 1,
+    *,
+    flags: Sequence[str] = (),
+    fault: Fault | None = None,
+    file: Path | None = None,
+    limit: float = 60,
+) -> list[Outcome]:
+    """Start the program on `config`, written to `file` (default: beside its run_dir), on so many ranks.
+
+    Returns how each ended, in rank order.
+    """
+    file = file or config.run_dir.with_suffix(".yaml")
     file.write_text(dump_config(config))
-    return run_ranks(ranks, _rank, [str(file)], fault, limit=limit)
+    return run_ranks(ranks, _rank, [str(file), *flags], fault, limit=limit)
+
+
+def told(outcomes: list[Outcome]) -> str:
+    """What a refused run tells its user: every rank ends in exit code 2, and those that speak say the same one line.
+
+    Returned without the rank that stands before it in a launch of several.
+    """
+    assert [outcome.code for outcome in outcomes] == [2] * len(outcomes), outcomes
+    spoken = {re.sub(r"^error: (rank \d+: )?", "", outcome.error) for outcome in outcomes if outcome.stderr}
+    assert len(spoken) == 1, spoken
+    return spoken.pop()
 
 
 def launch_environment(launch: Launch) -> dict[str, str]:

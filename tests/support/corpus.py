@@ -85,7 +85,7 @@ def write_dataset(directory: Path, name: str, tokenizer: Tokenizer, train: list[
             "file": copy.name,
         },
         "splits": splits,
-        "tokens_per_byte": splits["train"]["tokens"] / splits["train"]["bytes"],
+        "tokens_per_byte": splits["train"]["tokens"] / max(1, splits["train"]["bytes"]),
         "vocabulary_size": len(source_vocabulary(counts, tokenizer)),
         "command": "tests",
     }

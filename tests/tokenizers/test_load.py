@@ -32,8 +32,9 @@ def test_two_tokenizers_in_one_directory_are_refused(trained, tmp_path):
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(DataError, match="holds neither"):
         load_tokenizer(tmp_path)
-    for name in ("none.model", "none.json"):
+    for name in ("none.model", "none.json", "none"):
         with pytest.raises(DataError, match=f"tokenizer .*{name} does not exist"):
             load_tokenizer(tmp_path / name)
-    with pytest.raises(DataError, match=r"none\.txt is neither"):
-        load_tokenizer(tmp_path / "none.txt")
+    (tmp_path / "some.txt").touch()
+    with pytest.raises(DataError, match=r"some\.txt is neither"):
+        load_tokenizer(tmp_path / "some.txt")

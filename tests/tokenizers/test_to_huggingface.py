@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from megatron_dept.common.errors import DataError
+from megatron_dept.tokenizers import model_proto
 from megatron_dept.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 from megatron_dept.tokenizers.model_proto import map_scores
 from megatron_dept.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -44,7 +45,7 @@ def plain(exported):
     return loaded
 
 
-@settings(max_examples=250, deadline=1000)
+@settings(max_examples=150, deadline=1000)
 @given(text=TEXT)
 def test_ids_and_text_are_ours(trained, plain, text):
     ids = trained.encode(text)
@@ -101,7 +102,7 @@ def test_parity_finds_the_first_text_that_differs(trained, exported, tmp_path):
     assert found.what == "decoded text"
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_ties_fall_alike_in_models_of_few_letters(seed, tmp_path):
     """Two or three letters make nearly every segmentation a tie; each seed is another model."""
     draw = random.Random(seed)
@@ -155,3 +156,24 @@ def test_scores_between_the_steps_are_refused(documents, tmp_path):
     path.write_bytes(map_scores(data, lambda piece: piece.score * 1.001))
     with pytest.raises(DataError, match=r"between\.model .*train it again"):
         to_huggingface(SentencePieceTokenizer(path), tmp_path / "out")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_character_known_only_within_longer_pieces_costs_the_same(seed, tmp_path):
+    """Sentencepiece charges such a character once, however many bytes it has; so must its bytes."""
+    draw = random.Random(seed)
+    data = train_sentencepiece(["".join(draw.choices("abẽé", k=60)) for _ in range(30)], 300, "unigram")
+    fields = list(model_proto._fields(data))
+    entries = zip(fields, model_proto.parse_model(data).pieces, strict=False)
+    dropped = {entry for entry, piece in entries if piece.text in ("ẽ", "é")}
+    path = tmp_path / "t.model"
+    path.write_bytes(b"".join(model_proto._field(*entry) for entry in fields if entry not in dropped))
+    tokenizer = SentencePieceTokenizer(path)
+    assert tokenizer.vocab_size == 298
+    to_huggingface(tokenizer, tmp_path)
+    theirs = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    # Two and three bytes, and one script, as pieces are. In an odd run one is left over, and either choice is open.
+    tried = ["".join(draw.choices("ẽé", k=2 * draw.randint(0, 6) + 1)) for _ in range(300)]
+    ours = tokenizer.encode_batch(tried)
+    assert [each.ids for each in theirs.encode_batch(tried, add_special_tokens=False)] == ours
+    assert any(3 + 0xE1 in ids for ids in ours)  # bytes were met

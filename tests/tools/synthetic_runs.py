@@ -25,21 +25,10 @@ VARIANT = {name: ("std" if name == "std0" else name) for name in LEVEL}
 SOURCE_LEVEL = dict(zip((*SOURCES, UNSEEN), (2.0, 2.3, 2.6, 1.9, 1.6, 3.4), strict=True))
 
 
-def write_datasets(root: Path) -> None:
-    """The cards that tell vocabulary sizes."""
-    for name, trimmed in zip(SOURCES, TRIMMED, strict=True):
-        for kind, size in (("global", VOCABULARY), ("own", OWN)):
-            folder = root / "data" / kind / name
-            folder.mkdir(parents=True)
-            card = {"name": name, "vocabulary_size": min(trimmed, size), "tokenizer": {"vocab_size": size}}
-            (folder / "card.json").write_text(json.dumps(card))
-
-
 def write_runs(
     root: Path, methods: tuple[str, ...] = tuple(LEVEL), protocols: tuple[str, ...] = ("random",)
 ) -> list[Path]:
     """Pre-training and adapt runs of the methods under root/runs; returns their directories."""
-    write_datasets(root)
     paths = []
     for method in methods:
         paths.append(write_pretrain(root, method))
@@ -92,6 +81,7 @@ def write_pretrain(root: Path, method: str) -> Path:
         lines += _validations(method, number, n_local, 1.0 + 1.4 * math.exp(-0.7 * (number + 1)))
         lines.append(_round(number, n_local, len(SOURCES) * N_LOCAL, list(SOURCES)))
     _write_metrics(run, lines)
+    _write_plan(run, baseline)
     _write_ledger(run, method, n_local)
     _write_evaluation(run, method, VARIANT[method], "pretrain", unseen=method not in ("spec", "spec_opt"))
     return run
@@ -148,6 +138,17 @@ def _write_metrics(run: Path, lines: list[dict[str, Any]]) -> None:
     (run / "metrics.silo0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def _write_plan(run: Path, baseline: bool) -> None:
+    whole = dict.fromkeys(SOURCES, VOCABULARY)
+    trimmed, own = dict(zip(SOURCES, TRIMMED, strict=True)), dict.fromkeys(SOURCES, OWN)
+    sizes = {"glob": whole, "trim": trimmed, "spec": trimmed, "spec_opt": own, "std": whole, "act": whole}
+    plan = {
+        "layout": {"silos": 1, "data": 2} if baseline else {"silos": SILOS, "data": 1},
+        "variants": {variant: {"vocabulary_sizes": of_sources} for variant, of_sources in sizes.items()},
+    }
+    (run / "plan.json").write_text(json.dumps(plan))
+
+
 def _write_ledger(run: Path, method: str, n_local: int) -> None:
     variant = VARIANT[method]
     if variant in ("std", "act"):
@@ -160,8 +161,7 @@ def _write_ledger(run: Path, method: str, n_local: int) -> None:
         groups = {f"federation/{kind}": count for kind, count in predicted.items()} | {"federation/control": 4000}
     entries = [{"round": r, "kinds": {}, "groups": groups, "predicted": predicted} for r in range(ROUNDS)]
     steps = ROUNDS * N_LOCAL * len(SOURCES)
-    layout = {"silos": 1, "data": 2} if variant in ("std", "act") else {"silos": SILOS, "data": 1}
-    (run / "ledger.json").write_text(json.dumps({"per_round": entries, "totals": {}, "steps": steps, "layout": layout}))
+    (run / "ledger.json").write_text(json.dumps({"per_round": entries, "totals": {}, "steps": steps}))
 
 
 def _write_evaluation(run: Path, method: str, variant: str, phase: str, unseen: bool) -> None:

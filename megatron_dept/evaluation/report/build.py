@@ -104,7 +104,7 @@ def _notes(records: Sequence[RunRecord], communication: Sequence[Communication])
     described = {entry.run for entry in communication}
     missing = [r.name for r in records if not r.adapt and r.ledger is not None and r.name not in described]
     if missing:
-        notes.append(f"Dataset cards of these runs were not found, so their costs are left out: {', '.join(missing)}.")
+        notes.append(f"No plan.json in these runs, so their costs are left out: {', '.join(missing)}.")
     skipped = {r.name: sum(bool(line.get("skipped")) for line in r.steps) for r in records}
     if any(skipped.values()):
         notes.append(

@@ -6,14 +6,11 @@ Letters: `V` global vocabulary, `V_k` a source's, `d` hidden size, `M` = body + 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from megatron_dept.common.files import read_json
 from megatron_dept.config.presets import PRESETS
-from megatron_dept.config.schema import ModelConfig, RunConfig
+from megatron_dept.config.schema import ModelConfig
 from megatron_dept.dept import costs
 from megatron_dept.dept.variants import VARIANTS
 from megatron_dept.evaluation.report.runs import RunRecord
@@ -27,37 +24,25 @@ FP32_BYTES = 4
 BF16_BYTES = 2
 
 
-def vocabulary_sizes(config: RunConfig) -> dict[str, int] | None:
-    """{source: ids its embedding has} in this run; None where a dataset card is not to be found."""
-    kind = VARIANTS[config.dept.variant].vocabulary
-    sizes = {}
-    for source in config.sources:
-        card = _card(source.own_data if config.data_field == "own_data" else source.data)
-        if card is None:
-            return None
-        sizes[source.name] = int(card["vocabulary_size"] if kind == "trimmed" else card["tokenizer"]["vocab_size"])
-    return sizes
+def vocabulary_sizes(record: RunRecord) -> dict[str, int] | None:
+    """{source: ids its embedding has} in this run, as its plan has them; None without a plan."""
+    if record.plan is None:
+        return None
+    return dict(record.plan["variants"][record.base.dept.variant]["vocabulary_sizes"])
 
 
 def global_vocabulary(records: Sequence[RunRecord]) -> int | None:
-    """V of the comparison, from any source's dataset under the global tokenizer."""
+    """V of the comparison: rows of the embedding of any variant that uses the global tokenizer whole."""
     for record in records:
-        for source in (*record.base.sources, *record.config.sources):
-            if record.base.data_field == "data" and (card := _card(source.data)) is not None:
-                return int(card["tokenizer"]["vocab_size"])
+        for variant, entry in (record.plan or {"variants": {}})["variants"].items():
+            if VARIANTS[variant].vocabulary == "global":
+                return int(max(entry["vocabulary_sizes"].values()))
     return None
-
-
-def _card(directory: Path | None) -> dict[str, Any] | None:
-    if directory is None or not (directory / "card.json").exists():
-        return None
-    card: dict[str, Any] = read_json(directory / "card.json")
-    return card
 
 
 def run_sizes(record: RunRecord, vocabulary: int) -> costs.Sizes | None:
     """What the formulas take of a run; None where its vocabularies are not known."""
-    found = vocabulary_sizes(record.base)
+    found = vocabulary_sizes(record)
     if found is None:
         return None
     model = record.base.model
@@ -72,11 +57,11 @@ def run_sizes(record: RunRecord, vocabulary: int) -> costs.Sizes | None:
 
 
 def memory_table(records: Sequence[RunRecord], vocabulary: int | None) -> list[Memory]:
-    """Embedding in memory, of every pre-training run whose datasets are there."""
+    """Embedding in memory, of every pre-training run that has a plan."""
     rows = []
     for record in records:
-        found = vocabulary_sizes(record.base)
-        if record.adapt or found is None:
+        found = None if record.adapt else vocabulary_sizes(record)
+        if found is None:
             continue
         hidden, ids = record.base.model.hidden_size, list(found.values())
         mean = float(np.mean(ids)) * hidden
@@ -167,11 +152,10 @@ def _predicted(record: RunRecord) -> int | None:
 
 
 def _exchanging_ranks(record: RunRecord) -> int | None:
-    """Silos; for a synchronous run its data-parallel ranks, which its ledger tells."""
-    if not record.baseline:
-        return record.base.parallel.silos
-    layout = (record.ledger or {}).get("layout")
-    return None if layout is None else int(layout["data"])
+    """Silos; for a synchronous run its data-parallel ranks, which its plan tells."""
+    if record.plan is None:
+        return None
+    return int(record.plan["layout"]["data" if record.baseline else "silos"])
 
 
 def _ratio(their_bytes: int | None, their_units: int | None, bytes_sent: int, units: int) -> float | None:

@@ -30,6 +30,7 @@ class RunRecord:
     steps: tuple[dict[str, Any], ...]
     validations: tuple[dict[str, Any], ...]
     rounds: tuple[dict[str, Any], ...]
+    plan: dict[str, Any] | None
     ledger: dict[str, Any] | None
     evaluation: dict[str, Any] | None
 
@@ -80,7 +81,7 @@ def load_runs(paths: Sequence[Path]) -> list[RunRecord]:
 
 
 def load_run(path: Path) -> RunRecord:
-    """One run directory; a missing config.yaml or metrics is a `UserError`, a missing ledger or evaluation is None."""
+    """One run directory; without config.yaml or metrics a `UserError`; plan, ledger and evaluation may be missing."""
     if not (path / "config.yaml").exists():
         raise UserError(f"{path} is no run directory: it has no config.yaml; give a run_dir of pretrain_dept.py")
     config = load_config(path / "config.yaml")
@@ -102,6 +103,7 @@ def load_run(path: Path) -> RunRecord:
         steps=_last_of(lines, "step"),
         validations=_last_of(lines, "validation"),
         rounds=_last_of(lines, "round"),
+        plan=_optional(path / "plan.json"),
         ledger=_optional(path / "ledger.json"),
         evaluation=_optional(path / "evaluation.json"),
     )

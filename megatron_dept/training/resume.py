@@ -1,0 +1,68 @@
+"""Where a run goes on from: its newest checkpoint, checked to be whole and its own before any rank meets another."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from megatron_dept.checkpoint.reader import Checkpoint, committed
+from megatron_dept.common.errors import CheckpointError
+from megatron_dept.config.schema import RunConfig
+from megatron_dept.data.directory import DatasetDirectory
+from megatron_dept.training.sources import SourceSet
+
+# What a resumed run must share with its checkpoint: all that its numbers depend on, but not the layout.
+SHARED = ("seed", "phase", "model", "optimizer", "adapt")
+SHARED_DEPT = ("variant", "rounds", "n_local", "sources_per_round", "inner_state", "outer", "std_tau")
+SHARED_TRAINING = ("global_batch_size", "precision")
+
+
+def resume_point(config: RunConfig, sources: SourceSet) -> Checkpoint | None:
+    """The newest checkpoint in `config.run_dir`; None where the run has none yet.
+
+    No collective: every rank finds the same mistake by itself, and none is left waiting for another that has. Raises
+    `CheckpointError` where the checkpoint is damaged, or naming the first field in which it is another run's.
+    """
+    if not committed(config.run_dir / "checkpoints"):
+        return None
+    checkpoint = Checkpoint.open(config.run_dir)
+    for field, before, after in _differences(checkpoint, config, sources):
+        raise CheckpointError(
+            f"{checkpoint.directory} was trained with {field} {before}, this run has {after}; "
+            "set it back, or choose another run_dir for a new run"
+        )
+    return checkpoint
+
+
+def fingerprint(directory: DatasetDirectory) -> str:
+    """SHA-256 of the tokenizer that a dataset was made with."""
+    return str(directory.card["tokenizer"]["fingerprint"])
+
+
+def _differences(checkpoint: Checkpoint, config: RunConfig, sources: SourceSet) -> Iterator[tuple[str, Any, Any]]:
+    """(what, then, now) of all that should be equal and is not."""
+    then, now = checkpoint.manifest["trained_with"], config.model_dump(mode="json")
+    for prefix, fields in (("", SHARED), ("dept", SHARED_DEPT), ("training", SHARED_TRAINING)):
+        before, after = (then[prefix], now[prefix]) if prefix else (then, now)
+        for field in fields:
+            yield from _leaves(f"{prefix}.{field}" if prefix else field, before.get(field), after.get(field))
+    known = checkpoint.manifest["sources"]
+    if known.keys() != sources.directories.keys():
+        yield "sources", ", ".join(known), ", ".join(sources.directories)
+    for name, directory in sources.directories.items():
+        before, after = known[name]["tokenizer_fingerprint"], fingerprint(directory)
+        if before != after:
+            yield f"source {name} under tokenizer", before[:12], after[:12]
+        ids, ids_now = checkpoint.vocabulary(name), sources.vocabularies[name].ids
+        if not np.array_equal(ids, ids_now):
+            changed = len(np.setxor1d(ids, ids_now))
+            yield f"source {name} of token ids", len(ids), f"{len(ids_now)} ({changed} differ: other data)"
+
+
+def _leaves(path: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The fields below `path` whose values differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in {**before, **after}:
+            yield from _leaves(f"{path}.{key}", before.get(key), after.get(key))
+    elif before != after:
+        yield path, before, after

@@ -1,0 +1,161 @@
+"""What goes wrong in a test: each returns a function that every rank calls before the program starts."""
+
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from megatron_dept.topology.launch import Launch
+
+Fault = Callable[[Launch], None]
+
+
+def full_disk(rank: int, save: int, limit: int = 4096) -> Fault:
+    """From its `save`-th checkpoint on (counted from 1) the kernel lets `rank` write no file beyond `limit` bytes."""
+    return partial(_full_disk, rank, save, limit)
+
+
+def little_space(rank: int, limit: int) -> Fault:
+    """From the start the kernel lets `rank` write no file beyond `limit` bytes."""
+    return partial(_little_space, rank, limit)
+
+
+def nan_gradients(source: str, steps: Collection[int]) -> Fault:
+    """The loss of `source` is not a number at these sequential steps (counted from 0)."""
+    return partial(_nan_gradients, source, frozenset(steps))
+
+
+def bug(rank: int, step: int) -> Fault:
+    """`rank` raises what nobody foresaw at its `step`-th inner step (counted from 0)."""
+    return partial(_at_step, rank, step, _raise)
+
+
+def dies_in_step(rank: int, step: int) -> Fault:
+    """`rank` is killed in the middle of its `step`-th inner step (counted from 0), between forward and backward."""
+    return partial(_dies_in_step, rank, step)
+
+
+def dies_in_exchange(rank: int, round: int) -> Fault:
+    """`rank` is killed at the end of its `round`-th round (counted from 0), a second after it let the others wait."""
+    return partial(_dies_in_exchange, rank, round)
+
+
+def _dies_in_step(rank: int, step: int, launch: Launch) -> None:
+    from megatron_dept.models.embedding import SourceEmbedding
+
+    loss = SourceEmbedding.loss
+
+    def fatal() -> None:
+        def dying(self: SourceEmbedding, hidden: Tensor, targets: Tensor) -> Tensor:
+            loss(self, hidden, targets)
+            _die()
+
+        SourceEmbedding.loss = dying  # type: ignore[method-assign]
+
+    _at_step(rank, step, fatal, launch)
+
+
+def _dies_in_exchange(rank: int, round: int, launch: Launch) -> None:
+    from megatron_dept.federation.body_exchange import BodyExchange
+
+    if launch.rank != rank:
+        return
+    rounds = -1
+    finish = BodyExchange.finish
+
+    def last(self: BodyExchange, sources: int) -> None:
+        nonlocal rounds
+        rounds += 1
+        if rounds == round:
+            time.sleep(1)
+            _die()
+        finish(self, sources)
+
+    BodyExchange.finish = last  # type: ignore[method-assign]
+
+
+def _die() -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("a killed process goes no further")
+
+
+def _full_disk(rank: int, save: int, limit: int, launch: Launch) -> None:
+    from megatron_dept.training.state import RunState
+
+    if launch.rank != rank:
+        return
+    saves = 0
+    whole = RunState.save
+
+    def limited(self: RunState, *args: Any) -> Any:
+        nonlocal saves
+        saves += 1
+        if saves >= save:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        return whole(self, *args)
+
+    RunState.save = limited  # type: ignore[method-assign]
+
+
+def _little_space(rank: int, limit: int, launch: Launch) -> None:
+    if launch.rank == rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+
+def _nan_gradients(source: str, steps: frozenset[int], launch: Launch) -> None:
+    from megatron_dept.models.embedding import SourceEmbedding
+    from megatron_dept.training.trainer import Trainer
+
+    poisoned = False
+    step, loss = Trainer._step, SourceEmbedding.loss
+
+    def watched(self: Trainer, local: Any, trained: Any, held: Any) -> None:
+        nonlocal poisoned
+        sequential = self.progress.round * self._config.dept.n_local + local.step
+        poisoned = trained.name == source and sequential in steps
+        step(self, local, trained, held)
+
+    def poisonous(self: SourceEmbedding, hidden: Tensor, targets: Tensor) -> Tensor:
+        value: Tensor = loss(self, hidden, targets)
+        return value * float("nan") if poisoned else value
+
+    Trainer._step = watched  # type: ignore[method-assign]
+    SourceEmbedding.loss = poisonous  # type: ignore[method-assign]
+
+
+def _at_step(rank: int, step: int, action: Callable[[], None], launch: Launch) -> None:
+    from megatron_dept.engine.silo_engine import SiloEngine
+
+    if launch.rank != rank:
+        return
+    steps = -1
+    whole = SiloEngine.train_step
+
+    def interrupted(self: SiloEngine, *args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == step:
+            action()
+        return whole(self, *args, **kwargs)
+
+    SiloEngine.train_step = interrupted  # type: ignore[method-assign]
+
+
+def _raise() -> None:
+    raise ZeroDivisionError("nobody foresaw this")
+
+
+def without_package(name: str) -> Fault:
+    """As if `name` were not installed."""
+    return partial(_without_package, name)
+
+
+def _without_package(name: str, launch: Launch) -> None:
+    # None is what import and find_spec take for "there is none".
+    sys.modules[name] = None  # type: ignore[assignment]
