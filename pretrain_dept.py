@@ -104,6 +104,8 @@ def _tell(launch: Launch, message: str) -> None:
 
 
 if __name__ == "__main__":
+    # torch's C++ side would print its stack where a peer's socket closes; the error line says which peer and what to do.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     code = guarded(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()

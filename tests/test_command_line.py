@@ -7,17 +7,23 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 
+import pretrain_dept
 from megatron_dept.checkpoint.reader import Checkpoint, committed
+from megatron_dept.common.errors import EXIT_USER_ERROR
 from megatron_dept.config.load import describe_fields, dump_config
 from megatron_dept.config.schema import RunConfig
+from megatron_dept.topology.launch import Launch
+from megatron_dept.training.metrics import Metrics
 from tests.support.commands import run_command
 from tests.support.corpus import Corpus
 from tests.support.distributed import free_port
@@ -49,12 +55,13 @@ def unexpected(text: str, shapes: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: exit code, what it printed, and how long after the moment watched for (`until`)."""
+    """How a command ended."""
 
     code: int
     stdout: str
     stderr: str
     seconds: float
+    """From being asked to stop, or else from the last step that any rank reported, to the last process's end."""
     checkpoints: tuple[str, ...]
 
 
@@ -77,41 +84,44 @@ def torchrun(program: str, file: Path) -> list[str]:
     return [*launcher, "--nproc-per-node", "2", "--master-port", str(free_port()), program, str(file)]
 
 
-def command(line: list[str], run_dir: Path, until: str | None = None, **more: str) -> Ended:
-    """Run a command to its end. Where a line of stdout matches `until`, its whole process group is sent SIGTERM, as
-    `timeout` and batch systems do. No process that was started for the run may outlive the command by long."""
-    process = subprocess.Popen(
-        line,
-        cwd=PROJECT,
-        env=environment(**more),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    printed, began = [], time.monotonic()
-    try:
+def command(line: list[str], run_dir: Path, until: str | None = None, limit: float = 120, **more: str) -> Ended:
+    """Run a command to its end, and see that no process started for the run outlives it.
+
+    Where a line of stdout matches `until`, its whole process group is sent SIGTERM, as `timeout` and batch systems do.
+    """
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            line,
+            cwd=PROJECT,
+            env=environment(**more),
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        watchdog = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))
+        watchdog.start()
+        printed, mark = [], time.monotonic()
+        # To the end of file: until every process that shares the pipe has gone.
         for text in process.stdout:
             printed.append(text)
-            if until is None and re.match(OWN_LINES[0], text):
-                began = time.monotonic()  # the last step that anybody reported
             if until is not None and re.search(until, text):
                 os.killpg(process.pid, signal.SIGTERM)
-                until = None
-                began = time.monotonic()
-        # Read to its end: every process that shares the pipe has gone, or closed it.
-        _, errors = process.communicate(timeout=30)
-    finally:
+                until, mark = "asked once", time.monotonic()
+            elif until is None and re.fullmatch(OWN_LINES[0], text.rstrip()):
+                mark = time.monotonic()
+        code = process.wait()
+        seconds = time.monotonic() - mark
+        assert watchdog.is_alive(), f"it hung:\n{''.join(printed)}"
+        watchdog.cancel()
         left = [
-            rank for rank in psutil.process_iter(["cmdline"]) if str(run_dir) in " ".join(rank.info["cmdline"] or [])
+            each for each in psutil.process_iter(["cmdline"]) if str(run_dir) in " ".join(each.info["cmdline"] or [])
         ]
-        for rank in left:
-            rank.kill()
-    seconds = time.monotonic() - began
-    assert not left, f"left behind: {left}"
-    saved = tuple(path.name for path in committed(run_dir / "checkpoints"))
-    return Ended(process.returncode, "".join(printed), errors, seconds, saved)
+        assert not left, f"left behind: {left}"
+        errors.seek(0)
+        saved = tuple(path.name for path in committed(run_dir / "checkpoints"))
+        return Ended(code, "".join(printed), errors.read(), seconds, saved)
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +169,9 @@ def finished(config: RunConfig, stopped: Ended) -> Ended:
 
 
 def test_a_killed_rank_takes_the_run_down_in_seconds(killed):
-    # SIGKILL is -9 to the launcher, which passes it on as its own exit code, modulo 256. It looks once a second.
-    assert killed.code == 256 - signal.SIGKILL
+    # The launcher looks once a second and passes on the code of the rank it sees first: the killed one's, which is -9
+    # modulo 256, or that of the other, which by then has lost it.
+    assert killed.code in (256 - signal.SIGKILL, EXIT_USER_ERROR)
     assert killed.seconds < 15
     assert killed.checkpoints == ("step-00000080",)
 
@@ -230,6 +241,41 @@ def test_other_ordinary_runs_are_as_quiet(corpus, tmp_path, ranks, sections):
     for outcome in run_command(config, ranks):
         assert (outcome.code, outcome.stderr) == (0, "")
         assert not unexpected(outcome.stdout, OWN_LINES)
+
+
+class Writes(list[str]):
+    """A stream that keeps every write apart."""
+
+    def write(self, text: str) -> None:
+        self.append(text)
+
+    def flush(self) -> None:
+        pass
+
+
+def test_lines_of_ranks_that_share_a_terminal_do_not_mix(tmp_path, monkeypatch):
+    """Each line is one write, end of line and all: two would let another rank's in between."""
+    out, err = Writes(), Writes()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    log = Metrics(tmp_path, silo=1, leads=False, speaks=True)
+    log.say("a step")
+    log.warn("beware")
+    pretrain_dept._tell(Launch(1, 2, 1, 2, "", 0), "what\nis wrong")
+    monkeypatch.undo()
+    assert out == ["a step\n"] and err == ["warning: silo 1: beware\n", "error: rank 1: what is wrong\n"]
+
+
+def test_a_rank_that_leaves_the_telling_to_another_gives_it_time(tmp_path, monkeypatch):
+    """A launcher ends all ranks when the first fails, and the one that speaks may be the slower."""
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert pretrain_dept.guarded([str(tmp_path / "none.yaml")]) == EXIT_USER_ERROR
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert pretrain_dept.guarded([str(tmp_path / "none.yaml")]) == EXIT_USER_ERROR
+    assert slept == [pretrain_dept.GRACE_SECONDS]
 
 
 def test_help_names_usage_and_every_field():

@@ -1,6 +1,6 @@
 """Continue a prompt with an exported model, by transformers alone: what any user of a Hugging Face checkpoint does.
 
-    python tools/generate.py --model demo/hf/glob --prompt "My fellow citizens, "
+python tools/generate.py --model demo/hf/glob --prompt "My fellow citizens, "
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     inputs = tokenizer(arguments.prompt, return_tensors="pt", return_token_type_ids=False)
     room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
     if room < 1:
-        raise ConfigError(f"--prompt has no room in the model's {model.config.max_position_embeddings} tokens; shorten it")
+        raise ConfigError(
+            f"--prompt has no room in the model's {model.config.max_position_embeddings} tokens; shorten it"
+        )
     drawn = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature else {"do_sample": False}
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=min(arguments.tokens, room), **drawn)

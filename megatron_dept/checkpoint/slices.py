@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_dept.common.errors import CheckpointError
+from megatron_dept.common.files import flush_to_disk
 from megatron_dept.common.segments import Segment
 
 
@@ -36,6 +37,7 @@ def save_slices(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         # Copies: safetensors refuses tensors that share memory, and pieces of one partition do.
         save_file({key: value.clone() for key, value in tensors.items()}, path)
+        flush_to_disk(path)
     except (OSError, SafetensorError) as error:
         path.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {path} ({error}); free space or choose another run_dir") from error

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_dept.checkpoint.slices import SliceIndex, save_slices
+from megatron_dept.common.files import flush_to_disk
 
 SOURCE_MARK = "@"
 """Between a source's name and its file's in a checkpoint; no source name holds it."""
@@ -31,6 +32,7 @@ class SourceStore:
         temporary = target.with_suffix(".tmp")
         save_slices(temporary, tensors)
         os.replace(temporary, target)
+        flush_to_disk(folder)
         for old in folder.glob(f"{part}.*.safetensors"):
             if old != target:
                 old.unlink()
@@ -61,6 +63,8 @@ class SourceStore:
             if mark:
                 target = self._directory / source / own_name
                 target.parent.mkdir(parents=True, exist_ok=True)
+                # Never copied over: a file that is there may be one that checkpoints hold by link.
+                target.unlink(missing_ok=True)
                 try:
                     os.link(directory / name, target)
                 except OSError:

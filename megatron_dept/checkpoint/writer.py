@@ -17,7 +17,7 @@ from megatron_dept.checkpoint.reader import FORMAT_VERSION, MANIFEST, committed
 from megatron_dept.checkpoint.slices import save_slices
 from megatron_dept.checkpoint.store import SOURCE_MARK
 from megatron_dept.common.errors import CheckpointError, UserError
-from megatron_dept.common.files import write_json
+from megatron_dept.common.files import flush_to_disk, write_json
 
 GatherAll = Callable[[object], list[object]]
 """Everyone's picklable value, in rank order: the one collective a save needs."""
@@ -56,6 +56,7 @@ def save_checkpoint(
             except OSError:
                 shutil.copyfile(source, target)
             names.append(target.name)
+        flush_to_disk(directory)
 
     failure, _ = _attempt(write)
     sizes = {name: (directory / name).stat().st_size for name in names} if not failure else {}
@@ -65,7 +66,14 @@ def save_checkpoint(
     for report in reports:
         files |= report[1]
     full = {"format_version": FORMAT_VERSION, **manifest, "files": files}
-    failure, _ = _attempt(lambda: write_json(directory / MANIFEST, full) if rank == 0 else None)
+
+    def commit() -> None:
+        write_json(directory / MANIFEST, full)
+        # Before an older checkpoint is removed, this one is where a power cut leaves it.
+        flush_to_disk(directory)
+        flush_to_disk(directory.parent)
+
+    failure, _ = _attempt(commit) if rank == 0 else (None, None)
     _agree(gather_all(failure), directory, sweep=rank == 0)
     if rank == 0:
         for old in committed(directory.parent)[:-keep_last]:

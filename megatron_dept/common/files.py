@@ -37,6 +37,15 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
         raise
 
 
+def flush_to_disk(path: Path) -> None:
+    """Return once a file's bytes, or a directory's names, would survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _discard(temporary: Path) -> None:
     # The parent may be a file, or the disk gone: the first error is the one to tell.
     with suppress(OSError):

@@ -268,6 +268,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"variant {self.dept.variant} is synchronous: parallel.silos must be 1, not {self.parallel.silos}"
             )
+        if self.dept.synchronous and self.dept.on_bad_steps == "drop":
+            raise ValueError(
+                f"dept.on_bad_steps drop leaves a source's delta out of a round, and variant {self.dept.variant} has "
+                "none; set dept.on_bad_steps: stop"
+            )
         sampled = self.dept.sources_per_round
         if sampled is not None and sampled > len(self.sources):
             raise ValueError(

@@ -39,15 +39,16 @@ class EmbeddingOwner:
     @torch.no_grad()
     def reduce_gradients(self) -> float:
         """Average the gradients over the silo's data ranks, in place; returns their squared L2 norm."""
-        squared = 0.0
+        norms = []
         for name, parameter in self.module.named_parameters():
             gradient = parameter.grad
             assert gradient is not None, f"{name} took no part in the loss"
             if self._silo.size > 1:
                 self._silo.all_reduce_sum(gradient, "gradient")
                 gradient.div_(self._silo.size)
-            squared += float(torch.linalg.vector_norm(gradient)) ** 2
-        return squared
+            norms.append(torch.linalg.vector_norm(gradient))
+        # Read once: on a GPU every look at a number waits for all that was asked of it.
+        return float(torch.stack(norms).double().square().sum())
 
     @torch.no_grad()
     def step(self, learning_rate: float, coefficient: float | None) -> None:

@@ -93,13 +93,13 @@ class SiloEngine:
         """
         assert len(micro_batches) == self.accumulation_steps
         self.engine.train()
-        loss_sum = 0.0
+        loss_sum = torch.zeros((), device=self._world.device)
         activation_norm = None
         for index, (inputs, targets) in enumerate(micro_batches):
             hidden = self.engine(owner.module(inputs))
             loss = owner.module.loss(hidden, targets)
             self.engine.backward(loss)
-            loss_sum += float(loss.detach())
+            loss_sum += loss.detach()
             if index + 1 < len(micro_batches):
                 self.engine.step()
         if want_activation_norm:
@@ -111,7 +111,7 @@ class SiloEngine:
             group["lr"] = learning_rate
         self.shards.step(self.engine, body_norm, coefficient)
         owner.step(embedding_learning_rate, coefficient)
-        agreed = torch.tensor([loss_sum / len(micro_batches), float(stop())], dtype=torch.float64)
+        agreed = torch.tensor([float(loss_sum) / len(micro_batches), float(stop())], dtype=torch.float64)
         self._world.silo.all_reduce_sum(agreed, "control")
         return StepResult(
             loss=float(agreed[0]) / self._world.silo.size,

@@ -10,8 +10,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from megatron_dept.common.errors import FederationError
+from megatron_dept.common.errors import ConfigError, FederationError
 from megatron_dept.federation.communicator import Alone, Communicator, GroupCommunicator, join_peers
 from megatron_dept.federation.ledger import Ledger
 from megatron_dept.topology.launch import Launch
@@ -45,6 +46,12 @@ class World:
         """Everyone's picklable `value`, silo by silo; control traffic."""
         return [item for silo in self.peers.all_gather_object(self.silo.all_gather_object(value)) for item in silo]
 
+    def norm(self, partition: Tensor) -> float:
+        """L2 norm over the silo of what each of its ranks has a partition of; collective within the silo."""
+        squared = torch.linalg.vector_norm(partition).double().square().reshape(1).cpu()
+        self.silo.all_reduce_sum(squared, "control")
+        return float(squared.sqrt())
+
     def barrier(self) -> None:
         """Every rank of every silo has come."""
         self.silo.barrier()
@@ -55,10 +62,7 @@ class World:
 def start_world(launch: Launch, layout: Layout, timeout_seconds: float) -> World:
     """Build the groups; `FederationError` where the other ranks do not come within the timeout."""
     place = layout.coordinate(launch.rank)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", launch.local_rank)
-        torch.cuda.set_device(device)
+    device = _device(launch)
     timeout = timedelta(seconds=timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     ledger = Ledger()
@@ -92,6 +96,20 @@ def start_world(launch: Launch, layout: Layout, timeout_seconds: float) -> World
         MASTER_PORT=str(launch.port),
     )
     return World(launch, layout, place, device, ledger, store, peers, silo)
+
+
+def _device(launch: Launch) -> torch.device:
+    """This rank's GPU where there are GPUs and DS_ACCELERATOR does not say cpu: DeepSpeed and we must choose alike."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if launch.local_world_size > torch.cuda.device_count():
+        raise ConfigError(
+            f"{launch.local_world_size} ranks on this node but {torch.cuda.device_count()} GPUs; launch as many ranks "
+            "as GPUs, or set DS_ACCELERATOR=cpu to train without them"
+        )
+    device = torch.device("cuda", launch.local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 def _store(launch: Launch, timeout: timedelta) -> dist.Store | None:

@@ -1,9 +1,9 @@
 """What people watch: one line a step on the console, JSON lines and the byte ledger on disk, DeepSpeed's monitors."""
 
 import json
+import math
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -28,7 +28,8 @@ class Metrics:
     def write(self, kind: str, **values: Any) -> None:
         """One JSON line."""
         if self._file is not None:
-            self._file.write(json.dumps({"kind": kind, "silo": self._silo, **values}) + "\n")
+            plain = {key: _finite(value) for key, value in values.items()}
+            self._file.write(json.dumps({"kind": kind, "silo": self._silo, **plain}) + "\n")
 
     def say(self, text: str) -> None:
         """One line on the console."""
@@ -39,10 +40,10 @@ class Metrics:
         """One line on stderr, from whichever rank has something to warn of."""
         _print_whole(f"warning: silo {self._silo}: {text}", sys.stderr)
 
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _print_whole(line: str, stream: TextIO) -> None:
@@ -88,15 +89,11 @@ class LedgerFile:
         known = read_json(path)["per_round"] if round and path.is_file() else []
         self._rounds: list[dict[str, Any]] = [entry for entry in known if entry["round"] < round]
 
-    def add(self, round: int, counts: list[dict[str, int]], predicted: dict[str, int], steps: int) -> None:
-        """Enter the counts ("scope/kind": bytes) of every rank for one round, and rewrite the file."""
-        scoped: dict[str, int] = defaultdict(int)
-        for of_rank in counts:
-            for key, value in of_rank.items():
-                scoped[key] += value
-        kinds = {kind: sum(v for k, v in scoped.items() if k.endswith(f"/{kind}")) for kind in KINDS}
+    def add(self, round: int, sent: dict[str, int], predicted: dict[str, int], steps: int) -> None:
+        """Enter what all ranks have sent in one round ("scope/kind": bytes), and rewrite the file."""
+        kinds = {kind: sum(v for k, v in sent.items() if k.endswith(f"/{kind}")) for kind in KINDS}
         self._rounds.append(
-            {"round": round, "kinds": kinds, "groups": dict(sorted(scoped.items())), "predicted": predicted}
+            {"round": round, "kinds": kinds, "groups": dict(sorted(sent.items())), "predicted": predicted}
         )
         totals = {kind: sum(entry["kinds"][kind] for entry in self._rounds) for kind in KINDS}
         write_json(self._path, {"per_round": self._rounds, "totals": totals, "steps": steps})

@@ -7,14 +7,12 @@ an upper estimate, and the Python process itself is not counted.
 
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
 
-from megatron_dept.common.errors import ConfigError
-from megatron_dept.common.files import write_json
+from megatron_dept.common.errors import ConfigError, UserError
 from megatron_dept.config.schema import ModelConfig, RunConfig, Variant
 from megatron_dept.dept.sampling import sample_sources
 from megatron_dept.dept.variants import VARIANTS
@@ -91,15 +89,24 @@ def memory_of_rank(config: RunConfig, layout: Layout, variant: Variant, rows: in
     )
 
 
-def build_plan(config: RunConfig, ranks: int) -> dict[str, Any]:
-    """The plan as plain values; raises the `UserError`s that the run itself would raise for its configuration."""
+def build_plan(config: RunConfig, ranks: int, sources: SourceSet | None = None) -> dict[str, Any]:
+    """The plan as plain values; raises the `UserError`s that the run itself would raise for its configuration.
+
+    With `sources`, those of `config` already open, it is of the run's own variant alone; without, of every variant
+    whose datasets are there, and why it is not of the others.
+    """
     layout = Layout.cut(config.parallel, ranks)
     accumulation = accumulation_steps(config.training.global_batch_size, config.training.micro_batch_size, layout.data)
     partitions = partition_sizes(config.model, config.parallel.zero_stage, layout.data)
-    variants = {}
-    for variant in get_args(Variant):
-        if entry := _variant(config, layout, variant, partitions):
-            variants[variant] = entry
+    variants: dict[str, Any] = {}
+    unavailable: dict[str, str] = {}
+    for variant in get_args(Variant) if sources is None else (config.dept.variant,):
+        try:
+            variants[variant] = _variant(config, layout, variant, partitions, sources)
+        except UserError as error:
+            if variant == config.dept.variant:
+                raise
+            unavailable[variant] = str(error)
     return {
         "layout": {**asdict(layout), "ranks": ranks, "gradient_accumulation_steps": accumulation},
         "rank_map": [asdict(layout.coordinate(rank)) for rank in range(ranks)],
@@ -108,6 +115,7 @@ def build_plan(config: RunConfig, ranks: int) -> dict[str, Any]:
         "total_steps": config.total_steps,
         "variant": config.dept.variant,
         "variants": variants,
+        "unavailable": unavailable,
     }
 
 
@@ -136,26 +144,24 @@ def print_plan(config: RunConfig, ranks: int) -> None:
     )
     console.print(_variants_table(plan))
     console.print(_memory_table(plan))
+    for variant, reason in plan["unavailable"].items():
+        console.print(f"{variant} is not planned: {reason}", markup=False)
 
 
-def write_plan(config: RunConfig, ranks: int, path: Path) -> None:
-    """Write the plan as JSON beside a run's results."""
-    write_json(path, build_plan(config, ranks))
-
-
-def _variant(config: RunConfig, layout: Layout, variant: Variant, partitions: list[int]) -> dict[str, Any] | None:
-    """One variant on the same ranks (std and act: as one silo); None without its datasets."""
+def _variant(
+    config: RunConfig, layout: Layout, variant: Variant, partitions: list[int], sources: SourceSet | None
+) -> dict[str, Any]:
+    """One variant on the same ranks (std and act: as one silo); `UserError` where its datasets are not there."""
     parallel = config.parallel
     if VARIANTS[variant].synchronous:
         parallel = parallel.model_copy(update={"silos": 1})
         layout = Layout.cut(parallel, layout.world_size)
         partitions = partition_sizes(config.model, parallel.zero_stage, layout.data)
     same = config.model_copy(update={"dept": config.dept.model_copy(update={"variant": variant}), "parallel": parallel})
-    if any(getattr(source, same.data_field) is None for source in same.sources):
-        if variant == config.dept.variant:
-            raise ConfigError(f"variant {variant} has no {same.data_field} for every source")
-        return None
-    sources = SourceSet(same)
+    missing = [source.name for source in same.sources if getattr(source, same.data_field) is None]
+    if missing:
+        raise ConfigError(f"sources: {', '.join(missing)} have no {same.data_field}, which variant {variant} trains on")
+    sources = sources or SourceSet(same)
     sizes = {name: len(vocabulary) for name, vocabulary in sources.vocabularies.items()}
     largest = max(sizes.values())
     vocab_size = sources.vocab_size or largest
@@ -172,17 +178,20 @@ def _variant(config: RunConfig, layout: Layout, variant: Variant, partitions: li
         "first_round_sources": list(sampled),
         "bytes_first_round": traffic.round_bytes(sampled),
         "gradient_bytes_first_round": _gradient_bytes(
-            same, layout, body + rows * config.model.hidden_size, len(sampled)
+            same, layout, body, rows * config.model.hidden_size, len(sampled)
         ),
         "leading_term_body": traffic.leading_term(body) if VARIANTS[variant].averages_body else 0,
         "memory": {**asdict(memory), "total": memory.total},
     }
 
 
-def _gradient_bytes(config: RunConfig, layout: Layout, parameters: int, sources: int) -> int:
-    """Leading term of what data ranks reduce within silos in a round: 2 (D - 1) / D of every gradient, every step."""
+def _gradient_bytes(config: RunConfig, layout: Layout, body: int, embedding: int, sources: int) -> int:
+    """Leading term of what data ranks reduce within silos in a round: 2 (D - 1) / D of every gradient, every step.
+
+    The body's gradient travels in the compute dtype, the embedding's in fp32.
+    """
     width = 2 if config.training.precision == "bf16" else FP32_BYTES
-    return 2 * (layout.data - 1) * parameters * width * config.dept.n_local * sources
+    return 2 * (layout.data - 1) * (body * width + embedding * FP32_BYTES) * config.dept.n_local * sources
 
 
 def _variants_table(plan: dict[str, Any]) -> Table:

@@ -29,6 +29,8 @@ class RunProgress:
     """Inner steps trained, by source."""
     skipped: int = 0
     """Steps skipped for a gradient that was not finite."""
+    traffic: dict[str, int] = field(default_factory=dict)
+    """Bytes that all ranks have sent in the current round, by "scope/kind"."""
 
     @property
     def total_steps(self) -> int:

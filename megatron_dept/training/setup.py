@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -11,7 +13,7 @@ from megatron_dept.checkpoint.reader import Checkpoint
 from megatron_dept.checkpoint.store import SourceStore
 from megatron_dept.common.cli import explain_refusal
 from megatron_dept.common.errors import CheckpointError, ConfigError, FederationError, UserError
-from megatron_dept.common.files import atomic_write
+from megatron_dept.common.files import atomic_write, write_json
 from megatron_dept.config.load import dump_config
 from megatron_dept.config.schema import LoggingConfig, RunConfig
 from megatron_dept.dept.outer import OuterRule
@@ -25,10 +27,10 @@ from megatron_dept.topology.layout import Layout, accumulation_steps
 from megatron_dept.training.embeddings import EmbeddingBroker
 from megatron_dept.training.inner_state import InnerState
 from megatron_dept.training.metrics import Metrics
-from megatron_dept.training.plan import write_plan
+from megatron_dept.training.plan import build_plan
 from megatron_dept.training.progress_state import RunProgress
 from megatron_dept.training.resume import fingerprint, resume_point
-from megatron_dept.training.signals import StopRequest
+from megatron_dept.training.signals import FailureWatch, StopRequest
 from megatron_dept.training.sources import SourceSet
 from megatron_dept.training.state import RunState
 from megatron_dept.training.trainer import Trainer
@@ -43,15 +45,36 @@ def run(config: RunConfig, launch: Launch) -> bool:
     accumulation_steps(config.training.global_batch_size, config.training.micro_batch_size, layout.data)
     _check_monitors(config.logging)
     sources = SourceSet(config)
-    start_from = _adapt_start(config, sources)
     resume_from = resume_point(config, sources)
+    start_from = _adapt_start(config, sources) if resume_from is None else None
+    plan = build_plan(config, launch.world_size, sources) if launch.rank == 0 else None
     set_threads(config, launch)
     world = start_world(launch, layout, config.training.timeout_seconds)
+    watch = FailureWatch(world.store, launch.rank)
     try:
-        trainer = build_trainer(config, world, sources, start_from, resume_from)
-        finished = trainer.run()
-        world.barrier()
-        return finished
+        with _failures_told(config, watch):
+            trainer = build_trainer(config, world, sources, start_from, resume_from)
+            if plan is not None:
+                write_json(config.run_dir / "plan.json", plan)
+            finished = trainer.run()
+            world.barrier()
+    finally:
+        watch.close()
+    # Only after success: to leave a group whose peers have failed can take as long as they.
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return finished
+
+
+@contextmanager
+def _failures_told(config: RunConfig, watch: FailureWatch) -> Iterator[None]:
+    """Tell the other ranks of a failure, and say what the libraries' errors mean."""
+    try:
+        try:
+            yield
+        except Exception as error:
+            watch.tell(" ".join(str(error).split())[:300])
+            raise
     except OSError as error:
         refusal = explain_refusal(error)
         if error.filename is not None or refusal is None:
@@ -66,9 +89,6 @@ def run(config: RunConfig, launch: Launch) -> bool:
             f"lost another rank ({str(error).strip().splitlines()[0]}); look at that rank's log, then start again: "
             "the run resumes from its last checkpoint"
         ) from error
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def build_trainer(
@@ -110,7 +130,6 @@ def build_trainer(
     if world.is_writer:
         with atomic_write(config.run_dir / "config.yaml", "w") as handle:
             handle.write(dump_config(config))
-        write_plan(config, world.layout.world_size, config.run_dir / "plan.json")
     return Trainer(
         config=config,
         world=world,
@@ -149,11 +168,17 @@ def _adapt_start(config: RunConfig, sources: SourceSet) -> Checkpoint | None:
     checkpoint = Checkpoint.open(config.adapt.checkpoint)
     then, now = checkpoint.manifest["model"], config.model.model_dump()
     for field, value in now.items():
-        if then[field] != value:
+        if then.get(field) != value:
             raise CheckpointError(
-                f"adapt.checkpoint {checkpoint.directory} has model.{field} {then[field]}, this run has {value}; "
-                f"set model.{field}: {then[field]}"
+                f"adapt.checkpoint {checkpoint.directory} has model.{field} {then.get(field)}, this run has {value}; "
+                f"set model.{field}: {then.get(field)}"
             )
+    rounds, done = checkpoint.manifest["trained_with"]["dept"]["rounds"], checkpoint.manifest["round"]
+    if done < rounds and checkpoint.directory != config.adapt.checkpoint:
+        raise CheckpointError(
+            f"adapt.checkpoint {config.adapt.checkpoint} is a run at round {done} of {rounds}; finish it, or name the "
+            f"checkpoint itself: {checkpoint.directory}"
+        )
     if config.adapt.embedding == "own":
         if "token" not in checkpoint.index:
             raise ConfigError(

@@ -25,7 +25,7 @@ from megatron_dept.federation.body_exchange import BodyExchange
 from megatron_dept.training.embeddings import EmbeddingBroker, embedding_tensors, read_embedding_optimizer
 from megatron_dept.training.inner_state import inner_tensors, read_inner_state
 from megatron_dept.training.progress_state import RunProgress
-from megatron_dept.training.resume import fingerprint
+from megatron_dept.training.resume import fingerprint, text_fingerprint
 from megatron_dept.training.sources import MIXTURE, SourceSet
 
 
@@ -165,7 +165,11 @@ class RunState:
         """Store files this rank answers for: all ranks share the work by the files' names."""
         ranks = self._world.layout.world_size
         files = [file for name in self._sources.names for file in self._store.files(name)]
-        return [file for file in files if zlib.crc32(str(file.name).encode()) % ranks == self._world.launch.rank]
+        return [
+            file
+            for file in files
+            if zlib.crc32(f"{file.parent.name}/{file.name}".encode()) % ranks == self._world.launch.rank
+        ]
 
     def _manifest(self, progress: RunProgress) -> dict[str, Any]:
         config = self._config
@@ -188,6 +192,7 @@ class RunState:
                     "vocabulary_size": len(self._sources.vocabularies[name]),
                     "data": str(directory.path),
                     "tokenizer_fingerprint": fingerprint(directory),
+                    "text_fingerprint": text_fingerprint(directory),
                     "vocab_size": self._sources.vocabularies[name].vocab_size,
                     "trained": name in trained or MIXTURE in trained,
                 }

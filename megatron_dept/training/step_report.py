@@ -63,7 +63,7 @@ class StepReporter:
         if self.wants_norms(step):
             values |= {
                 "activation_norm": result.activation_norm,
-                "parameter_norm": self._body_norm(),
+                "parameter_norm": self._world.norm(self._engine.shards.read()),
                 "embedding_norm": float(torch.linalg.vector_norm(embedding.token.detach())),
             }
         self._metrics.write("step", **values)
@@ -79,12 +79,6 @@ class StepReporter:
             f"loss {result.loss:.4f} lr {learning_rate:.2e} grad {result.gradient_norm:.2f} {rate:,.0f} tok/s "
             f"MFU {mfu:.0%} left {self._pace.time_left}{note}"
         )
-
-    def _body_norm(self) -> float:
-        """L2 norm of the body's masters over the silo; every data rank joins."""
-        squared = torch.linalg.vector_norm(self._engine.shards.read()).double().square().reshape(1).cpu()
-        self._world.silo.all_reduce_sum(squared, "control")
-        return float(squared.sqrt())
 
 
 def round_to(value: float, digits: int = 4) -> float:

@@ -18,6 +18,8 @@ from megatron_dept.topology.layout import Layout
 from megatron_dept.training.sources import SourceSet
 
 FP32_BYTES = 4
+Slots = Sequence[Sequence[str | None]]
+"""Slots x silos of source names, as `assign_slots` lays them out."""
 
 
 class TrafficPlan:
@@ -36,14 +38,29 @@ class TrafficPlan:
         if not self._variant.averages_body:
             return {"body": 0, "embedding": 0, "position": 0}
         slots = assign_slots(sampled, self._layout.silos)
+        fetched, again = self._shared_rows(slots), self._shared_rows(slots, fetch=False)
+        return {"body": self.body_bytes()} | {kind: fetched[kind] + again[kind] for kind in fetched}
+
+    def evaluation_bytes(self) -> int:
+        """Bytes sent by all ranks to fetch the rows that one validation of all sources needs."""
+        slots = assign_slots(self._sources.names, self._layout.silos)
+        if self._variant.vocabulary == "global":
+            # One embedding serves all sources: each silo fetches it once.
+            slots = ((self._sources.names[0],) * self._layout.silos,)
+        return sum(self._shared_rows(slots).values())
+
+    def _shared_rows(self, slots: Slots, fetch: bool = True) -> dict[str, int]:
+        """By kind, bytes of fetching the shared rows of all `slots`' sources, or (`fetch` False) of returning them."""
         tokens = positions = 0
         if self._variant.token_rows == "shared":
             assert self._sources.vocab_size is not None
-            tokens = self._row_bytes(slots, self._sources.vocab_size, lambda name: self._sources.vocabularies[name].ids)
+            tokens = self._row_bytes(
+                slots, self._sources.vocab_size, lambda name: self._sources.vocabularies[name].ids, fetch
+            )
         if self._variant.position_rows == "shared" and self._positions:
             every = np.arange(self._positions)
-            positions = self._row_bytes(slots, self._positions, lambda name: every)
-        return {"body": self.body_bytes(), "embedding": tokens, "position": positions}
+            positions = self._row_bytes(slots, self._positions, lambda name: every, fetch)
+        return {"embedding": tokens, "position": positions}
 
     def body_bytes(self) -> int:
         """The body's reduce-scatter and all-gather among peers, of all ranks."""
@@ -55,19 +72,14 @@ class TrafficPlan:
         """The same by the formula alone, for a body of so many parameters: no padding."""
         return 2 * body * (self._layout.silos - 1) * FP32_BYTES
 
-    def _row_bytes(
-        self, slots: Sequence[Sequence[str | None]], total_rows: int, ids_of: Callable[[str], np.ndarray]
-    ) -> int:
-        """Rows fetched and returned between silos, and shared among a silo's data ranks after the fetch."""
+    def _row_bytes(self, slots: Slots, total_rows: int, ids_of: Callable[[str], np.ndarray], fetch: bool) -> int:
+        """Rows that cross between silos, and that a silo's data ranks share among themselves after a fetch."""
         silos, data = self._layout.silos, self._layout.data
         block = block_size(total_rows, silos * data)
-        row = self._hidden * FP32_BYTES
-        total = 0
+        rows = 0
         for slot in slots:
             for silo, name in enumerate(slot):
-                if name is None:
-                    continue
-                owners = ids_of(name) // block % silos
-                remote = int((owners != silo).sum())
-                total += (2 * remote + (data - 1) * len(owners)) * row
-        return total
+                if name is not None:
+                    owners = ids_of(name) // block % silos
+                    rows += int((owners != silo).sum()) + ((data - 1) * len(owners) if fetch else 0)
+        return rows * self._hidden * FP32_BYTES

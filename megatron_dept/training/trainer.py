@@ -11,7 +11,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -119,7 +118,7 @@ class Trainer:
                 return False
         number = self.progress.round
         entry = self._end_round(sampled)
-        if self._validation is not None and (number + 1) % self._config.evaluation.interval_rounds == 0:
+        if self._validation is not None and self._validates(number):
             self._validate(self._validation, number)
         self._close_round(number, sampled, entry | {"seconds": time.perf_counter() - began})
         if self._boundary_save_is_due(number):
@@ -166,6 +165,7 @@ class Trainer:
 
     def _train(self, local: LocalPhase, saves: set[int]) -> bool:
         """The local phase to its end; False where the run stopped, and saved itself, on the way."""
+        local.stop = self._silo_is_asked()
         self._reporter.start_phase()
         while local.step < self._config.dept.n_local and not local.stop:
             if local.source is not None and local.held is not None and not self._is_dropped(local.bad):
@@ -184,6 +184,12 @@ class Trainer:
             return False
         return True
 
+    def _silo_is_asked(self) -> bool:
+        """Whether any data rank of this silo was asked to stop: none may begin a step that another leaves out."""
+        asked = torch.tensor([float(self._stop.asked)])
+        self._world.silo.all_reduce_sum(asked, "control")
+        return bool(asked[0] > 0)
+
     def _step(self, local: LocalPhase, source: Source, held: HeldEmbedding) -> None:
         config = self._config
         step = self.progress.round * config.dept.n_local + local.step
@@ -193,7 +199,7 @@ class Trainer:
         if self._variant.resets_embedding:
             embedding_rate = cycle_learning_rate(step, config.dept.n_local, self._schedule)
         result = self._engine.train_step(
-            self._micro_batches(source.batch(cursor, config.training.global_batch_size)),
+            self._micro_batches(source, cursor),
             held.owner,
             rate,
             embedding_rate,
@@ -211,14 +217,15 @@ class Trainer:
         if self._is_dropped(local.bad):
             self._too_many_bad_steps(source.name, local.bad, step)
 
-    def _micro_batches(self, batch: np.ndarray) -> list[tuple[Tensor, Tensor]]:
-        """This data rank's part of a batch [B, L + 1]: micro-batch m of rank d is the (m x D + d)-th piece."""
-        size, data = self._config.training.micro_batch_size, self._world.layout.data
-        pieces = torch.from_numpy(batch).view(-1, data, size, batch.shape[1])[:, self._world.place.data]
-        return [
-            (piece[:, :-1].contiguous().to(self._world.device), piece[:, 1:].contiguous().to(self._world.device))
-            for piece in pieces
-        ]
+    def _micro_batches(self, source: Source, cursor: int) -> list[tuple[Tensor, Tensor]]:
+        """This data rank's part of the batch at `cursor`: micro-batch m of rank d is the (m x D + d)-th piece of it."""
+        size, data, device = self._config.training.micro_batch_size, self._world.layout.data, self._world.device
+        micro_batches = []
+        for index in range(self._engine.accumulation_steps):
+            piece = source.batch(cursor + (index * data + self._world.place.data) * size, size)
+            tokens = torch.from_numpy(piece).to(device)
+            micro_batches.append((tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()))
+        return micro_batches
 
     def _is_dropped(self, bad: int) -> bool:
         return bad > self._config.dept.max_bad_steps
@@ -266,7 +273,7 @@ class Trainer:
             self._broker.end_round()
             self._engine.shards.write(self._exchange.value)
             self._body_is_global = True
-            entry["delta_norm"] = self._body_norm(before.sub_(self._exchange.value))
+            entry["delta_norm"] = self._world.norm(before.sub_(self._exchange.value))
             entry["body_hash"] = self._agree_on_body(self._exchange.value)
         else:
             entry["body_hash"] = self._agree_on_body(self._engine.shards.read())
@@ -288,15 +295,9 @@ class Trainer:
             )
         return bodies[0]
 
-    def _body_norm(self, partition: Tensor) -> float:
-        """L2 norm over the silo of what each of its ranks has a partition of."""
-        squared = torch.linalg.vector_norm(partition).double().square().reshape(1).cpu()
-        self._world.silo.all_reduce_sum(squared, "control")
-        return float(squared.sqrt())
-
     def _validate(self, validation: Validation, number: int) -> None:
         step = self.progress.round * self._config.dept.n_local
-        for name, score in validation.run().items():
+        for name, (score, replaced) in validation.run().items():
             self._metrics.write(
                 "validation",
                 round=number,
@@ -306,6 +307,7 @@ class Trainer:
                 perplexity=score.perplexity,
                 bits_per_byte=score.bits_per_byte,
                 tokens=score.tokens,
+                replaced_tokens=replaced,
             )
             self._engine.write_monitor([(f"{name}/validation_bits_per_byte", score.bits_per_byte, step)])
             self._metrics.say(f"round {number + 1} validation {name}: {score.bits_per_byte:.4f} bits per byte")
@@ -320,10 +322,24 @@ class Trainer:
             total_tokens=self.progress.total_steps * batch_tokens,
             **entry,
         )
-        counts = self._world.gather_all(self._world.ledger.take())
+        self._account()
         if self._ledger_file is not None:
             predicted = self._traffic.round_bytes(sampled) if self._exchange is not None else {}
-            self._ledger_file.add(number, counts, predicted, self.progress.total_steps)  # type: ignore[arg-type]
+            if self._validates(number):
+                predicted["evaluation"] = self._traffic.evaluation_bytes()
+            self._ledger_file.add(number, self.progress.traffic, predicted, self.progress.total_steps)
+        self.progress.traffic = {}
+
+    def _account(self) -> None:
+        """Add what all ranks have sent since the last time to the round's traffic; collective."""
+        counts: list[Any] = self._world.gather_all(self._world.ledger.take())
+        for of_rank in counts:
+            for key, sent in of_rank.items():
+                self.progress.traffic[key] = self.progress.traffic.get(key, 0) + sent
+
+    def _validates(self, number: int) -> bool:
+        interval = self._config.evaluation.interval_rounds
+        return bool(interval) and (number + 1) % interval == 0
 
     def _save(self, local: LocalPhase | None) -> None:
         flight = None
@@ -332,6 +348,8 @@ class Trainer:
             flight = (self._sources.trained[0], self._broker.resident)
         elif local is not None and local.name is not None and local.held is not None:
             flight = (local.name, local.held.owner)
+        # What a round has sent so far goes on with it.
+        self._account()
         path = self._state.save(self.progress, flight, self._active)
         self._saved_at = (self.progress.round, self.progress.total_steps)
         if self._world.is_writer:

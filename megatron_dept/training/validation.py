@@ -28,19 +28,27 @@ class Validation:
         self._slots = assign_slots(sources.names, world.layout.silos)
         self._texts = {slot[world.place.silo]: self._heldout(slot[world.place.silo]) for slot in self._slots}
 
-    def run(self) -> dict[str, Score]:
-        """Scores of the sources this silo evaluates, whole texts on every rank; collective."""
-        scores: dict[str, Score] = {}
+    def run(self) -> dict[str, tuple[Score, int]]:
+        """(score, tokens replaced by their bytes) of each source this silo evaluates, of whole texts; collective."""
+        scores: dict[str, tuple[Score, int]] = {}
+        # Under a global vocabulary all sources have one embedding: fetched once, not once a source.
+        common = self._sources.kind == "global"
+        embedding = self._view(self._sources.names[0]) if common else None
         for slot in self._slots:
             name = slot[self._world.place.silo]
-            vocabulary = self._sources.vocabularies[name] if name is not None else None
-            embedding = self._broker.view(name, vocabulary)
+            if not common:
+                embedding = self._view(name)
             text = self._texts[name]
-            if name is None or embedding is None or text is None:
-                continue
-            parts = self._world.silo.all_gather_object(self._score(embedding, text))
-            scores[name] = sum(parts[1:], parts[0])
+            if name is not None and embedding is not None and text is not None:
+                parts = self._world.silo.all_gather_object((self._score(embedding, text), text.replaced))
+                replaced = sum(part[1] for part in parts)
+                scores[name] = (sum((part[0] for part in parts[1:]), parts[0][0]), replaced)
+            if not common:
+                embedding = None  # gone before the next is fetched
         return scores
+
+    def _view(self, name: str | None) -> SourceEmbedding | None:
+        return self._broker.view(name, self._sources.vocabularies[name] if name is not None else None)
 
     def _score(self, embedding: SourceEmbedding, text: HeldoutText) -> Score:
         device = self._world.device

@@ -102,6 +102,11 @@ REFUSED = {
         {"dept": {"variant": "act"}, "parallel": {"silos": 2}},
         "variant act is synchronous: parallel.silos must be 1, not 2",
     ),
+    "std that drops sources": (
+        {"dept": {"variant": "std", "on_bad_steps": "drop"}},
+        "dept.on_bad_steps drop leaves a source's delta out of a round, and variant std has none; "
+        "set dept.on_bad_steps: stop",
+    ),
     "more sources a round than there are": (
         {"dept": {"sources_per_round": 2}},
         "dept.sources_per_round 2 exceeds the 1 sources; set it to at most that",
@@ -181,6 +186,7 @@ def test_what_is_at_the_edge_of_a_refusal_is_taken():
     make(training={"precision": "fp32"}, parallel={"zero_stage": 0})
     make(dept={"outer": {"optimizer": "nesterov", "momentum": 0.9, "learning_rate": 0.7}})
     make(dept={"variant": "std"}, parallel={"silos": 1})
+    make(dept={"variant": "glob", "on_bad_steps": "drop"})
     make(dept={"variant": "trim"}, parallel={"silos": 8})
     make(dept={"sources_per_round": 1})
     make(sources=[{"name": "de", "own_data": "own/de"}], dept={"variant": "spec_opt"})

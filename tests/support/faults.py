@@ -46,6 +46,45 @@ def dies_in_exchange(rank: int, round: int) -> Fault:
     return partial(_dies_in_exchange, rank, round)
 
 
+def sleeps(rank: int, step: int, seconds: float) -> Fault:
+    """`rank` takes so long for its `step`-th inner step (counted from 0), in no collective."""
+    return partial(_at_step, rank, step, partial(time.sleep, seconds))
+
+
+def impatient(poll: float, grace: float) -> Fault:
+    """Every rank looks for others' failures this often, and waits this long for itself to find out."""
+    return partial(_impatient, poll, grace)
+
+
+def together(*faults: Fault) -> Fault:
+    """All of them."""
+    return partial(_together, faults)
+
+
+def _together(faults: tuple[Fault, ...], launch: Launch) -> None:
+    for fault in faults:
+        fault(launch)
+
+
+def _impatient(poll: float, grace: float, launch: Launch) -> None:
+    from megatron_dept.training import signals
+
+    signals.POLL_SECONDS, signals.GRACE_SECONDS = poll, grace
+
+
+def is_sent(number: int, rank: int, step: int, times: int = 1) -> Fault:
+    """`rank` is sent a signal as its `step`-th inner step (counted from 0) begins."""
+    return partial(_is_sent, number, rank, step, times)
+
+
+def _is_sent(number: int, rank: int, step: int, times: int, launch: Launch) -> None:
+    def send() -> None:
+        for _ in range(times):
+            os.kill(os.getpid(), number)
+
+    _at_step(rank, step, send, launch)
+
+
 def _dies_in_step(rank: int, step: int, launch: Launch) -> None:
     from megatron_dept.models.embedding import SourceEmbedding
 

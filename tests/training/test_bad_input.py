@@ -211,14 +211,20 @@ def test_two_sources_of_different_tokenizers(corpus, tmp_path):
     assert f", not {corpus.data['latin']}/tokenizer.model (" in line
 
 
-def test_a_tokenizer_that_is_none(corpus, tmp_path):
-    (tmp_path / "text.model").write_text("no model")
-    assert str(tmp_path / "text.model") in refused(
-        small_config(corpus, tmp_path / "run", tokenizer=str(tmp_path / "text.model"))
-    )
-    assert "neither a .model nor a .json file" in refused(
-        small_config(corpus, tmp_path / "run", tokenizer=str(tmp_path / "none"))
-    )
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("none", None, "does not exist"),
+        ("text.model", "no model", "{}"),
+        ("text.json", "{}", "{}"),
+        ("text.txt", "", "neither a .model nor a .json file"),
+    ],
+)
+def test_a_tokenizer_that_is_none(corpus, tmp_path, name, content, says):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    line = refused(small_config(corpus, tmp_path / "run", tokenizer=str(tmp_path / name)))
+    assert str(tmp_path / name) in line and says.format(tmp_path / name) in line
 
 
 def test_the_name_of_the_mixture_is_taken(corpus, tmp_path):

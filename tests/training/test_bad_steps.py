@@ -10,7 +10,7 @@ from megatron_dept.checkpoint.reader import Checkpoint, committed
 from megatron_dept.config.schema import RunConfig
 from tests.support.commands import run_command
 from tests.support.corpus import Corpus
-from tests.support.faults import bug, nan_gradients
+from tests.support.faults import bug, impatient, nan_gradients, sleeps, together
 from tests.support.runs import final_state, largest_difference, losses, metrics, small_config, train
 
 
@@ -126,3 +126,11 @@ def test_a_bug_in_one_rank_ends_all_of_them(corpus, tmp_path):
         # torch's C++ side may add its own lines where the rank that keeps the store is gone first.
         (error,) = [line for line in outcome.stderr.splitlines() if line.startswith("error: ")]
         assert (" lost a" in error or " is gone (" in error) and error.endswith("resumes from its last checkpoint")
+
+
+def test_a_rank_far_from_any_meeting_hears_of_a_failure(corpus, tmp_path):
+    """Rank 0 computes for a minute and shares no collective with rank 1, which fails: it is ended all the same."""
+    config = two_sources(corpus, tmp_path / "run")
+    fault = together(impatient(poll=0.1, grace=0.3), sleeps(rank=0, step=1, seconds=60), bug(rank=1, step=1))
+    with pytest.raises(AssertionError, match="^rank 0 died without a word$"):
+        run_command(config, 2, fault=fault, limit=30)

@@ -1,16 +1,161 @@
-"""Identities of DEPT that hold whatever the numbers: the whole program against itself."""
+"""Identities of DEPT that hold whatever the numbers: the whole program against itself and against plain torch."""
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pytest
+
+from megatron_dept.data.directory import DatasetDirectory
+from megatron_dept.data.indexed import IndexedDatasetWriter
 from tests.support.corpus import Corpus
-from tests.support.runs import final_state, largest_difference, small_config, train
+from tests.support.runs import final_state, largest_difference, losses, metrics, small_config, train
+from tests.training.conftest import Finished
+from tests.training.plain_run import by_checkpoint_name, plain_run, source_batch, union_batch, vocabulary_size
+
+TOLERANCE = 1e-5
+"""Relative L2 per tensor: sums of the same terms in another order, over a handful of steps, differ by about 1e-6."""
+SMOOTH = {"epsilon": 1e-3}
+"""AdamW whose update is a smooth function of the gradient: with 1e-8, rounding alone decides the sign of an update
+wherever a gradient is nearly zero, and no tolerance would mean anything."""
+PLAIN_SGD = {
+    "optimizer": {"optimizer": "sgd", "learning_rate": 0.5, "schedule": "constant", "warmup_steps": 0, "clip_grad": 0},
+    "dept": {"n_local": 1, "rounds": 3},
+}
+VARIANTS = ["glob", "trim", "spec", "spec_opt"]
 
 
-def test_two_silos_are_one_process_running_the_sources_in_turn(corpus: Corpus, tmp_path: Path) -> None:
+def assert_close(left: Path, right: Path) -> None:
+    """Two finished runs have the same parameters and losses within tolerance."""
+    assert largest_difference(final_state(left), final_state(right)) < TOLERANCE
+    expected = losses(right)
+    assert losses(left) == pytest.approx(expected, rel=TOLERANCE) and expected
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_silos_are_one_process_running_the_sources_in_turn(finished: Finished, variant: str) -> None:
     """Bitwise with two sources: each sum has two terms, and silos and turns add them in the same order."""
-    names = ["latin", "greek"]
-    one = small_config(corpus, tmp_path / "one", source_names=names)
-    two = small_config(corpus, tmp_path / "two", source_names=names, parallel={"silos": 2})
-    train(one)
-    train(two, ranks=2)
-    assert largest_difference(final_state(tmp_path / "one"), final_state(tmp_path / "two")) == 0
+    same = {"source_names": ["latin", "greek"], "dept": {"variant": variant}}
+    one, two = finished(**same), finished(2, **same, parallel={"silos": 2})
+    assert largest_difference(final_state(one), final_state(two)) == 0
+    assert losses(one) == losses(two)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_more_sources_than_silos_are_one_process_too(finished: Finished, variant: str) -> None:
+    """Three sources on two silos: two slots, the second with an idle silo."""
+    same = {"dept": {"variant": variant}, "optimizer": SMOOTH}
+    assert_close(finished(2, **same, parallel={"silos": 2}), finished(**same))
+
+
+def five_sources(corpus: Corpus) -> list[dict[str, str]]:
+    """Names decide the order of samples, so one data set makes several sources."""
+    data = ["latin", "greek", "code", "latin", "greek"]
+    return [
+        {"name": f"s{i}", "data": str(corpus.data[name]), "own_data": str(corpus.own_data[name])}
+        for i, name in enumerate(data)
+    ]
+
+
+@pytest.mark.parametrize("variant", ["trim", "spec_opt"])
+def test_sampled_sources_on_silos_are_one_process_too(finished: Finished, corpus: Corpus, variant: str) -> None:
+    """Three of five sources a round."""
+    same = {
+        "sources": five_sources(corpus),
+        "dept": {"variant": variant, "sources_per_round": 3, "rounds": 3, "n_local": 2},
+        "optimizer": SMOOTH,
+    }
+    one, two = finished(**same), finished(2, **same, parallel={"silos": 2})
+    assert_close(two, one)
+    sampled = [line["sources"] for line in metrics(one, "round")]
+    assert [len(names) for names in sampled] == [3, 3, 3] and len({tuple(names) for names in sampled}) > 1
+
+
+@pytest.mark.parametrize(("silos", "data", "stage"), [(1, 1, 1), (2, 1, 0), (2, 2, 3)])
+def test_one_inner_step_and_fedavg_is_synchronous_data_parallel(
+    finished: Finished, corpus: Corpus, silos: int, data: int, stage: int
+) -> None:
+    """GLOB with one SGD step a round: the mean of the sources' updates is the update of the mean gradient.
+
+    The synchronous side is plain torch, in one process, on the union of the sources' batches.
+    """
+    sections: dict[str, Any] = {**PLAIN_SGD, "parallel": {"silos": silos, "zero_stage": stage}}
+    run_dir = finished(silos * data, **sections)
+    config = small_config(corpus, run_dir, **sections)
+    plain = plain_run(config, vocabulary_size(config))
+    start = by_checkpoint_name(plain)
+    synchronous = [plain.step(union_batch(config, step), 0.5)[0] for step in range(3)]
+    assert largest_difference(final_state(run_dir), by_checkpoint_name(plain)) < TOLERANCE
+    assert largest_difference(start, by_checkpoint_name(plain)) > 100 * TOLERANCE, "the steps must have moved something"
+    found = losses(run_dir)
+    for step, loss in enumerate(synchronous):
+        of_sources = [value for (_, at), value in found.items() if at == step]
+        assert len(of_sources) == 3 and np.mean(of_sources) == pytest.approx(loss, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("state", ["keep", "reset"])
+def test_one_source_alone_is_plain_training(finished: Finished, corpus: Corpus, state: str) -> None:
+    """FedAvg of one source leaves nothing out: AdamW on one continuous schedule, clipped; `reset` forgets its moments
+    at every round's start, body's and embedding's alike."""
+    sections: dict[str, Any] = {
+        "source_names": ["latin"],
+        "dept": {"inner_state": state},
+        "optimizer": {**SMOOTH, "clip_grad": 0.5},
+    }
+    run_dir = finished(**sections)
+    config = small_config(corpus, run_dir, **sections)
+    plain = plain_run(config, vocabulary_size(config))
+    lines = metrics(run_dir, "step")
+    assert [line["learning_rate"] for line in lines[:3]] == pytest.approx([1.5e-3, 3e-3, 3e-3])
+    for step, line in enumerate(lines):
+        if state == "reset" and step == config.dept.n_local:
+            plain.reset_optimizer()
+        loss, norm = plain.step(source_batch(config, "latin", step), line["learning_rate"])
+        assert (line["loss"], line["grad_norm"]) == pytest.approx((loss, norm), rel=TOLERANCE)
+    assert min(line["grad_norm"] for line in lines) > 0.5, "the clip must bite"
+    assert len(lines) == 6
+    assert largest_difference(final_state(run_dir), by_checkpoint_name(plain)) < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def whole_vocabulary(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """The corpus with one more training document a source, of every id once: then V_k = V."""
+    data = {}
+    for name, source in corpus.data.items():
+        target = Path(shutil.copytree(source, tmp_path_factory.mktemp("whole") / name))
+        opened = DatasetDirectory.open(source)
+        size, train_split = opened.card["tokenizer"]["vocab_size"], opened.indexed("train")
+        with IndexedDatasetWriter(target / "train", size) as writer:
+            for number in range(len(train_split)):
+                writer.add_document(train_split.document(number))
+            writer.add_document(np.arange(size))
+            writer.finalize()
+        np.save(target / "token_counts.npy", opened.token_counts + 1)
+        card = opened.card | {"vocabulary_size": size}
+        card["splits"] = {**card["splits"], "train": dict(card["splits"]["train"])}
+        card["splits"]["train"]["documents"] += 1
+        card["splits"]["train"]["tokens"] += size
+        (target / "card.json").write_text(json.dumps(card))
+        assert len(DatasetDirectory.open(target).vocabulary()) == size
+        data[name] = target
+    return replace(corpus, data=data)
+
+
+def test_trim_with_the_whole_vocabulary_is_glob(whole_vocabulary: Corpus, tmp_path: Path) -> None:
+    """To the bit, and byte for byte on the wire."""
+    for variant in ("glob", "trim"):
+        sections = {"dept": {"variant": variant}, "parallel": {"silos": 2}}
+        train(small_config(whole_vocabulary, tmp_path / variant, **sections), ranks=2)
+    glob, trim = tmp_path / "glob", tmp_path / "trim"
+    assert largest_difference(final_state(trim), final_state(glob)) == 0
+    assert losses(trim) == losses(glob)
+    assert (trim / "ledger.json").read_text() == (glob / "ledger.json").read_text()
+
+
+def test_trim_without_the_whole_vocabulary_is_not_glob(finished: Finished) -> None:
+    """The softmax is over V_k alone; so the identity above is not empty."""
+    glob, trim = (finished(2, dept={"variant": v}, optimizer=SMOOTH, parallel={"silos": 2}) for v in ("glob", "trim"))
+    assert losses(glob)[("latin", 0)] > losses(trim)[("latin", 0)] + 0.1

@@ -1,4 +1,4 @@
-"""Which steps the demo takes, in order, and what each needs: planned from the sources there are, before anything runs."""
+"""Which steps the demo takes, in order, and what each needs: planned from the sources, before anything runs."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from megatron_dept.common.files import read_json
 
 EXAMPLES = "examples/demo"
 GLOBAL_VOCABULARY, OWN_VOCABULARY = 8192, 2048
-HELDOUT = "0.01"  # of the documents: 10 to 25 thousand tokens a source, all of which are scored
+HELDOUT = ("--heldout-fraction", "0.01", "--min-heldout-documents", "12")  # 8 to 20 thousand tokens, all scored
 PROMPTS = {"glob": "My fellow citizens, ", "spec_opt": "def __init__(self"}
 
 
@@ -124,7 +124,9 @@ def plan_steps(root: Path, sources: Sources, every_method: bool, offline: bool) 
     ready = tuple(step.name for step in data)
     steps += [_pretrain(root, method, flags, ready) for method in methods]
     steps += [_evaluate(method.name, method.vocabulary == "global", sources) for method in methods]
-    steps += [_adapt(root, method, protocol, flags) for method in methods for protocol in _protocols(method, every_method)]
+    steps += [
+        _adapt(root, method, protocol, flags) for method in methods for protocol in _protocols(method, every_method)
+    ]
     adapted = [f"{m.name}-adapt-{protocol}" for m in methods for protocol in _protocols(m, every_method)]
     steps += [_evaluate(name, True, sources) for name in adapted]
     steps += _export_steps(every_method)
@@ -169,7 +171,7 @@ def _data_steps(sources: Sources) -> list[Step]:
             f"data-{kind}-{name}",
             ("python", "tools/preprocess_data.py", "--input", f"demo/text/{name}.jsonl", "--tokenizer",
              f"demo/tokenizers/{tokenizer}", "--output", f"demo/data/{kind}/{name}", "--name", name,
-             "--heldout-fraction", HELDOUT, "--overwrite"),
+             *HELDOUT, "--overwrite"),
             2, (f"tokenizer-{tokenizer}",),
         )
         for name, kind, tokenizer in wanted

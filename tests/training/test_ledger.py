@@ -1,0 +1,116 @@
+"""Bytes on the wire, measured where they are sent, against what was computed beforehand and what the paper claims."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_dept.models.build import build_body
+from tests.support.corpus import Corpus
+from tests.support.runs import small_config
+from tests.training.conftest import Finished
+from tests.training.plain_run import vocabulary_size
+
+DEPT = {"rounds": 2, "n_local": 1}
+VALIDATED = {"evaluation": {"interval_rounds": 1, "max_tokens": 200}}
+
+
+def ledger(run_dir: Path) -> list[dict[str, Any]]:
+    """Every round's entry."""
+    return json.loads((run_dir / "ledger.json").read_text())["per_round"]
+
+
+def run(finished: Finished, variant: str, silos: int, data: int, stage: int) -> Path:
+    """Three sources; so with two silos the second slot has an idle one."""
+    return finished(
+        silos * data,
+        dept={**DEPT, "variant": variant},
+        parallel={"silos": silos, "zero_stage": stage},
+        **VALIDATED,
+    )
+
+
+LAYOUTS = [
+    ("glob", 1, 1, 1),
+    ("glob", 1, 2, 2),
+    ("glob", 2, 1, 0),
+    ("glob", 2, 1, 3),
+    ("glob", 2, 2, 0),
+    ("glob", 2, 2, 1),
+    ("glob", 2, 2, 3),
+    ("trim", 2, 1, 1),
+    ("trim", 2, 2, 2),
+    ("spec", 1, 2, 3),
+    ("spec", 2, 1, 2),
+    ("spec_opt", 2, 2, 1),
+]
+
+
+@pytest.mark.parametrize(("variant", "silos", "data", "stage"), LAYOUTS)
+def test_measured_bytes_are_the_predicted_ones(
+    finished: Finished, variant: str, silos: int, data: int, stage: int
+) -> None:
+    """To the byte, by kind, every round; rows fetched for validation are a kind of their own."""
+    entries = ledger(run(finished, variant, silos, data, stage))
+    assert len(entries) == DEPT["rounds"]
+    for entry in entries:
+        assert set(entry["predicted"]) == {"body", "embedding", "position", "evaluation"}
+        assert {kind: entry["kinds"][kind] for kind in entry["predicted"]} == entry["predicted"]
+
+
+@pytest.mark.parametrize(("silos", "data", "stage"), [layout[1:] for layout in LAYOUTS if layout[0] == "glob"])
+def test_the_body_moves_twice_its_size_and_some_padding(
+    finished: Finished, corpus: Corpus, silos: int, data: int, stage: int
+) -> None:
+    """2 x |body| x (S - 1) elements, all silos together; padding: under an element a parameter and rank, and share."""
+    run_dir = run(finished, "glob", silos, data, stage)
+    parameters = list(build_body(small_config(corpus, run_dir).model, 0).parameters())
+    leading = 2 * sum(parameter.numel() for parameter in parameters) * (silos - 1) * 4
+    most = 2 * (len(parameters) + 4) * (silos - 1) * data * silos * 4
+    for entry in ledger(run_dir):
+        assert leading <= entry["kinds"]["body"] <= leading + most
+        assert entry["groups"].get("silo/body", 0) == 0
+
+
+@pytest.mark.parametrize("variant", ["spec", "spec_opt"])
+def test_spec_moves_no_embedding_byte_between_silos(finished: Finished, variant: str) -> None:
+    """The ledger, counted at the communicator, says 0: for training and for validation; bodies and control do move."""
+    for stage, data in ((1, 1), (1, 2)):
+        for entry in ledger(run(finished, variant, 2, data, stage)):
+            between = {
+                key.split("/")[1]: count for key, count in entry["groups"].items() if key.startswith("federation/")
+            }
+            assert between["body"] > 0 and between["control"] > 0
+            assert {kind for kind, count in between.items() if count} == {"body", "control"}
+
+
+def test_glob_and_trim_do_move_them(finished: Finished) -> None:
+    """So the zero above is not a ledger that cannot count."""
+    glob, trim = (ledger(run(finished, variant, 2, 1, 1))[0]["groups"] for variant in ("glob", "trim"))
+    assert glob["federation/embedding"] != trim["federation/embedding"]
+    assert glob["federation/position"] == trim["federation/position"]
+    for entry in (glob, trim):
+        assert min(entry[f"federation/{kind}"] for kind in ("embedding", "position", "evaluation")) > 0
+
+
+def test_one_process_sends_nothing(finished: Finished) -> None:
+    for entry in ledger(run(finished, "glob", 1, 1, 1)):
+        assert not any(entry["kinds"].values())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_std_pays_for_gradients_every_step(finished: Finished, corpus: Corpus, stage: int) -> None:
+    """Two data ranks: each step reduces every gradient of body and tables once. An all-reduce of P fp32 elements costs
+    2 ranks 2 x 4 P bytes together, a reduce to its owner or a reduce-scatter half of that; ZeRO gathers parameters."""
+    dept = {"variant": "std", "std_tau": 1.0, "rounds": 2, "n_local": 3}
+    run_dir = finished(2, dept=dept, optimizer={"epsilon": 1e-3}, parallel={"zero_stage": stage})
+    config = small_config(corpus, run_dir)
+    body = sum(parameter.numel() for parameter in build_body(config.model, 0).parameters())
+    tables = (vocabulary_size(config) + config.model.seq_length) * config.model.hidden_size
+    for entry in ledger(run_dir):
+        per_step = entry["groups"]["silo/gradient"] / dept["n_local"] / 4
+        least, most = (2 if stage == 0 else 1) * body + 2 * tables, 2 * body + 2 * tables
+        assert least <= per_step <= most * 1.02, "2 % for padding and for norms reduced beside"
+        assert (entry["groups"].get("silo/parameter", 0) > 0) == (stage > 0)
+        assert not any(key.startswith("federation/") for key in entry["groups"])
