@@ -104,7 +104,7 @@ def _tell(launch: Launch, message: str) -> None:
 
 
 if __name__ == "__main__":
-    # torch's C++ side would print its stack where a peer's socket closes; the error line says which peer and what to do.
+    # torch would print a C++ stack where a peer closes its socket; our error line says which peer and what to do.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     code = guarded(sys.argv[1:])
     sys.stdout.flush()

@@ -62,7 +62,6 @@ setup(
         "deepspeed==0.19.8",
         "numpy",
         "pydantic>=2",
-        "pydantic-settings",
         "pyyaml",
         "sentencepiece",
         "tokenizers",

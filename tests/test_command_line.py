@@ -306,8 +306,9 @@ def test_a_mistake_is_told_at_once_by_the_program_itself(tmp_path):
 
 def test_dry_run_prints_the_plan_and_touches_nothing(corpus, tmp_path):
     config = small_config(corpus, tmp_path / "run", parallel={"silos": 2}, dept={"variant": "trim"})
-    (outcome,) = run_command(config, 1, flags=["--dry-run", "--ranks", "4"])
+    outcome, other = run_command(config, 2, flags=["--dry-run", "--ranks", "4"])
     assert (outcome.code, outcome.stderr) == (0, "")
+    assert (other.code, other.stdout, other.stderr) == (0, "", ""), "one rank speaks"
     assert not config.run_dir.exists()
     assert "4 ranks = 2 silos x pipe 1 x data 2 x tensor 1" in outcome.stdout
     for part in ("Rank map", "Memory", "glob", "trim", "spec", "spec_opt", "std", "act"):

@@ -111,7 +111,7 @@ def _fresh(directory: Path) -> Path:
     """Sweep what was never committed; make `directory`, or a neighbour where that holds a committed checkpoint."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     keep = {path.name for path in committed(directory.parent)}
-    for path in directory.parent.iterdir():
+    for path in directory.parent.glob("step-*"):
         if path.is_dir() and path.name not in keep:
             shutil.rmtree(path)
     names = (directory.name if not again else f"{directory.name}-{again:02d}" for again in itertools.count())

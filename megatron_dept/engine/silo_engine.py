@@ -3,7 +3,6 @@
 Shapes: `b` sequences of a micro-batch on this rank, `s` tokens a sequence, `h` hidden.
 """
 
-import logging
 import math
 import os
 import warnings
@@ -179,7 +178,6 @@ def _copies(body: nn.Module) -> dict[str, Tensor]:
 
 
 def _quieten() -> None:
-    """DeepSpeed's loggers tell nothing a user of this program can act on below an error."""
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    """Silence, by its message, what the libraries say of each other; of what a user can act on nothing."""
     # torch 2.13 renames collectives that DeepSpeed 0.19 still calls by their old names.
     warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+` is deprecated")

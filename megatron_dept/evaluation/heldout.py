@@ -70,8 +70,11 @@ def heldout_windows(
     token_bytes = np.array([len(text) for text in tokenizer.token_bytes()], dtype=np.int64)
     replaced = 0
     if vocabulary_map is not None:
-        stream, replaced = expand_to_bytes(stream, vocabulary_map, tokenizer)
-        stream = vocabulary_map.to_local(stream)
+        try:
+            stream, replaced = expand_to_bytes(stream, vocabulary_map, tokenizer)
+            stream = vocabulary_map.to_local(stream)
+        except DataError as error:
+            raise DataError(f"{directory.name}: held-out split: {error}") from error
         token_bytes = token_bytes[vocabulary_map.ids]
     windows, scored = cut_windows(stream, seq_length)
     return HeldoutText(directory.name, windows, scored, token_bytes, int(replaced))

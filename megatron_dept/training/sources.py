@@ -31,16 +31,23 @@ class Source:
     def batch(self, cursor: int, count: int) -> np.ndarray:
         """Samples cursor to cursor + count: int64 [count, L + 1], local rows of the vocabulary.
 
-        Raises `DataError` naming an id that the vocabulary lacks.
+        Raises `DataError` naming an id that the vocabulary lacks, and the source that it comes from.
         """
         if isinstance(self.stream, BlendedStream):
-            samples, _ = self.stream.batch(cursor, count)
+            samples, drawn = self.stream.batch(cursor, count)
+            names = [self.stream.streams[source].name for source in drawn]
         else:
             samples = self.stream.batch(cursor, count)
+            names = [self.name] * count
         try:
             return self.vocabulary.to_local(samples)
-        except DataError as error:
-            raise DataError(f"source {self.name}: {error}") from error
+        except DataError:
+            for name, sample in zip(names, samples, strict=True):
+                try:
+                    self.vocabulary.to_local(sample)
+                except DataError as error:
+                    raise DataError(f"source {name}: {error}") from error
+            raise
 
 
 class SourceSet:

@@ -4,10 +4,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import settings
-
-settings.register_profile("evaluation", deadline=None, derandomize=True)
-settings.load_profile("evaluation")
 
 
 class ToyTokenizer:

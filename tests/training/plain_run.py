@@ -1,6 +1,5 @@
 """A run's batches and first tables, for the plain torch trainings that whole runs are held against."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,10 +11,10 @@ from tests.engine.plain import Plain
 
 
 def source_batch(config: RunConfig, name: str, step: int) -> Tensor:
-    """The batch of a source's `step`-th step (counted from 0) in global ids, int64 [B, L + 1]."""
-    data = next(source.data for source in config.sources if source.name == name)
-    assert data is not None
-    stream = SampleStream(DatasetDirectory.open(data).indexed("train"), config.model.seq_length, config.seed, name)
+    """The batch of a source's `step`-th step (counted from 0) in its tokenizer's ids, int64 [B, L + 1]."""
+    source = next(source for source in config.sources if source.name == name)
+    data = DatasetDirectory.open(getattr(source, config.data_field))
+    stream = SampleStream(data.indexed("train"), config.model.seq_length, config.seed, name)
     size = config.training.global_batch_size
     return torch.from_numpy(stream.batch(step * size, size))
 
@@ -50,9 +49,3 @@ def vocabulary_size(config: RunConfig) -> int:
     data = config.sources[0].data
     assert data is not None
     return int(DatasetDirectory.open(data).card["tokenizer"]["vocab_size"])
-
-
-def occurring_ids(config: RunConfig) -> np.ndarray:
-    """Ids that occur in some source's training split."""
-    counts = [DatasetDirectory.open(source.data).token_counts for source in config.sources if source.data]
-    return np.flatnonzero(np.sum(counts, axis=0))

@@ -17,7 +17,7 @@ from tests.support.commands import Outcome, run_command, told
 from tests.support.corpus import Corpus, write_dataset
 from tests.support.distributed import run_ranks
 from tests.support.faults import without_package
-from tests.support.runs import small_config
+from tests.support.runs import metrics, small_config
 
 AGAIN = "make the dataset again with tools/preprocess_data.py"
 Change = Callable[[Path], Any]
@@ -167,11 +167,24 @@ def test_an_id_outside_the_vocabulary(corpus, tmp_path, variant):
         damaged, tmp_path / "run", dept={"variant": variant}, source_names=["latin", "greek"], parallel={"silos": silos}
     )
     lines = ending(run_command(config, 2))
-    where = "mixture" if variant == "std" else "greek"
-    assert (
-        f"source {where}: id 60000 is outside the vocabulary of 421; the data and the tokenizer do not match" in lines
-    )
+    assert "source greek: id 60000 is outside the vocabulary of 421; the data and the tokenizer do not match" in lines
     assert not list(tmp_path.glob("run/checkpoints/*/manifest.json"))
+
+
+def test_an_id_outside_the_vocabulary_in_heldout_text(corpus, tmp_path):
+    damaged = changed(corpus, tmp_path, "greek", with_ids("heldout.bin", 60_000))
+    config = small_config(
+        damaged,
+        tmp_path / "run",
+        source_names=["latin", "greek"],
+        parallel={"silos": 2},
+        evaluation={"interval_rounds": 1},
+    )
+    assert (
+        "greek: held-out split: id 60000 is outside the vocabulary of 421; the data and the tokenizer do not match"
+        in ending(run_command(config, 2))
+    )
+    assert not metrics(config.run_dir, "step"), "it is found before a step is trained"
 
 
 def test_an_id_outside_the_sources_own_vocabulary(corpus, tmp_path):

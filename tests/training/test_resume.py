@@ -31,6 +31,7 @@ class Case:
     stage: int = 1
     dept: dict[str, Any] = field(default_factory=dict)
     checkpoint: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ranks(self) -> int:
@@ -42,6 +43,7 @@ class Case:
             "dept": {"variant": self.variant, **self.dept},
             "parallel": {"silos": self.silos, "zero_stage": self.stage},
             "checkpoint": self.checkpoint,
+            "training": self.training,
         }
 
 
@@ -62,6 +64,7 @@ CASES = {
     "a data rank of the idle silo is told": Case(Stop(0, 5, target=3), {"code": 2}, data=2, stage=3, dept=KEEP),
     "std, the second data rank": Case(Stop(1, 4), {"mixture": 1}, variant="std", silos=1, data=2),
     "act, in its second cycle": Case(Stop(0, 5), {"mixture": 2}, variant="act", silos=1, stage=3),
+    "bf16, whose masters are fp32": Case(Stop(0, 5), {"code": 2}, dept=KEEP, training={"precision": "bf16"}, stage=3),
     "one process": Case(Stop(0, 4), {"greek": 1}, variant="trim", silos=1, dept={**KEEP, "outer": NESTEROV}),
 }
 
