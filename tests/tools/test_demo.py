@@ -44,7 +44,7 @@ def training_steps(sources: Sources) -> list[Step]:
 
 def config_of(step: Step):  # type: ignore[no-untyped-def]
     """The configuration that a training step's command loads."""
-    config, *flags = step.command[4:]
+    config, *flags = step.command[5:]
     return load_config(ROOT / config, flags)
 
 

@@ -54,6 +54,8 @@ def test_equal_tokens_in_fewer_steps(report: Report) -> None:
     assert steps["STD τ=1"] == 5 * steps["GLOB"] == 600
     assert {run.total_tokens for run in report.runs if run.phase == "pretrain"} == {600 * 8 * 128}
     assert not any("Total tokens differ" in note for note in report.notes)
+    said = "STD τ=0 took 600 steps one after another for 614,400 tokens, GLOB 120 for 614,400."
+    assert said in report.findings
 
 
 def test_improvement_is_against_the_best_baseline_of_the_column(report: Report) -> None:
@@ -158,6 +160,18 @@ def test_curves_stand_on_the_tokens_of_the_whole_run(report: Report) -> None:
     assert means[0].values[-1] == pytest.approx(sum(values) / 5, rel=ROUNDING)
     blends = [c for c in report.curves.training_loss if c.method == "STD τ=1"]
     assert [c.source for c in blends] == [None]
+
+
+def test_the_mean_is_of_the_moments_when_every_source_was_scored(tmp_path: Path) -> None:
+    (run,) = made.write_runs(tmp_path, ("spec",), protocols=())
+    metrics = run / "metrics.silo0.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    never_sampled = ("validation", 0, "german-glosses")
+    kept = [line for line in lines if (line["kind"], line["round"], line.get("source")) != never_sampled]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    curves = build_report(load_runs([run])).curves.heldout_bits_per_byte
+    lengths = {curve.source: len(curve.tokens) for curve in curves}
+    assert lengths[None] == lengths["german-glosses"] == 5 and lengths["python-code"] == 6
 
 
 class Checker(HTMLParser):

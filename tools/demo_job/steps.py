@@ -196,7 +196,7 @@ def _adapt(root: Path, method: Method, protocol: str, flags: Sequence[str]) -> S
 
 
 def _launch(config: str) -> tuple[str, ...]:
-    return ("deepspeed", "--num_accelerators", "2", "pretrain_dept.py", config)
+    return ("deepspeed", "-q", "--num_accelerators", "2", "pretrain_dept.py", config)
 
 
 def _bases(root: Path, config: Path) -> tuple[Path, ...]:

@@ -31,7 +31,7 @@ def build_report(records: Sequence[RunRecord]) -> Report:
     tables = build_tables(records)
     communication = communication_table(records, vocabulary)
     return Report(
-        findings=findings(tables) + _cost_findings(communication),
+        findings=findings(tables) + _step_findings(records) + _cost_findings(communication),
         notes=_notes(records, communication),
         runs=[_run(record) for record in records],
         trained_sources=sources,
@@ -60,6 +60,19 @@ def _run(record: RunRecord) -> Run:
         n_local=record.config.dept.n_local,
         evaluated=record.evaluation is not None,
     )
+
+
+def _step_findings(records: Sequence[RunRecord]) -> list[str]:
+    """Equal tokens are not equal time: steps one after another, the shortest DEPT run's against the first STD's."""
+    finished = [record for record in records if not record.adapt and record.last_step and record.total_tokens]
+    dept = min((r for r in finished if not r.baseline), key=lambda record: record.last_step, default=None)
+    std = next((record for record in finished if record.base.dept.variant == "std"), None)
+    if dept is None or std is None:
+        return []
+    return [
+        f"{std.method} took {std.last_step:,} steps one after another for {std.total_tokens:,} tokens, {dept.method} "
+        f"{dept.last_step:,} for {dept.total_tokens:,}."
+    ]
 
 
 def _cost_findings(communication: Sequence[Communication]) -> list[str]:

@@ -24,16 +24,20 @@ def build_curves(records: Sequence[RunRecord], sources: Sequence[str]) -> Curves
 
 
 def validation_curves(record: RunRecord, sources: Sequence[str]) -> list[Curve]:
-    """Held-out bits per byte by source, and their mean where every source was scored."""
+    """Held-out bits per byte by source, and their mean at the moments when every source was scored."""
     curves = []
     for source in sources:
         lines = [line for line in record.validations if line["source"] == source and finite(line["bits_per_byte"])]
         if lines:
             tokens = [line["step"] * record.tokens_per_step for line in lines]
             curves.append(_curve(record, source, tokens, [line["bits_per_byte"] for line in lines]))
-    if len(curves) == len(sources) > 1 and all(c.tokens == curves[0].tokens for c in curves):
-        mean = np.mean([curve.values for curve in curves], axis=0)
-        curves.append(_curve(record, None, curves[0].tokens, mean.tolist()))
+    if len(curves) == len(sources) > 1:
+        # Under SPEC a source has no embedding to be scored with until it was sampled once.
+        points = [dict(zip(curve.tokens, curve.values, strict=True)) for curve in curves]
+        shared = sorted(set.intersection(*(set(of_source) for of_source in points)))
+        if shared:
+            means = [float(np.mean([of_source[tokens] for of_source in points])) for tokens in shared]
+            curves.append(_curve(record, None, shared, means))
     return curves
 
 

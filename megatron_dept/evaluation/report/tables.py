@@ -168,7 +168,8 @@ def _table_findings(table: Table, perplexity: bool) -> list[str]:
     verdict = "no comparable number" if gain is None else f"{abs(gain):.1f} % {'lower' if gain > 0 else 'HIGHER'}"
     sentences = [
         f"Adapted from {start} embeddings, {where}: {best.method} has the best {unit} of the DEPT methods, "
-        f"{value(best.average):.4g} against {value(rival.average):.4g} of the best baseline {rival.method}: {verdict}."
+        f"{_figures(value(best.average))} against {_figures(value(rival.average))} of the best baseline "
+        f"{rival.method}: {verdict}."
     ]
     losers: dict[str, list[str]] = {}
     for row in dept:
@@ -180,6 +181,11 @@ def _table_findings(table: Table, perplexity: bool) -> list[str]:
         verb = "loses" if len(methods) == 1 else "lose"
         sentences.append(f"From {start} embeddings, {', '.join(methods)} {verb} to the best baseline on {on}.")
     return sentences
+
+
+def _figures(value: float) -> str:
+    """Four significant digits, written out: `54.91`, `141,500`."""
+    return f"{value:.4g}" if value < 1000 or not math.isfinite(value) else f"{float(f'{value:.4g}'):,.0f}"
 
 
 def _loses(row: Row, source: str, value: Callable[[Score | None], float], baselines: Sequence[Row]) -> bool:
