@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from megatron_dept.checkpoint.slices import SliceIndex
-from megatron_dept.common.errors import CheckpointError
+from megatron_dept.common.errors import CheckpointError, UserError
 from megatron_dept.common.files import read_json
 from megatron_dept.config.schema import ModelConfig
 
@@ -47,7 +47,12 @@ class Checkpoint:
             if not found:
                 raise CheckpointError(f"{path} holds no committed checkpoint; give a run or checkpoint directory")
             directory = found[-1]
-        manifest = read_json(directory / MANIFEST)
+        try:
+            manifest = read_json(directory / MANIFEST)
+        except UserError as error:
+            raise CheckpointError(
+                f"{directory / MANIFEST} is damaged; remove {directory} and use an earlier checkpoint"
+            ) from error
         if manifest.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(
                 f"{directory / MANIFEST}: format_version {manifest.get('format_version')!r} is not {FORMAT_VERSION}; "

@@ -5,6 +5,7 @@ their optimizer moments are flattened first, so their rows are elements; embeddi
 asks for a path and a range and never learns which rank wrote it, on which layout, or in how many files.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -37,6 +38,10 @@ def save_slices(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         # Copies: safetensors refuses tensors that share memory, and pieces of one partition do.
         save_file({key: value.clone() for key, value in tensors.items()}, path)
+        # safetensors makes files for their owner alone; a checkpoint is as open as any file its user makes.
+        mask = os.umask(0)
+        os.umask(mask)
+        path.chmod(0o666 & ~mask)
         flush_to_disk(path)
     except (OSError, SafetensorError) as error:
         path.unlink(missing_ok=True)

@@ -102,7 +102,7 @@ def _agree(failures: Iterable[object], directory: Path, sweep: bool) -> None:
         shutil.rmtree(directory, ignore_errors=True)
     who, failure = failed[0]
     raise CheckpointError(
-        f"checkpoint {directory} was not saved: rank {who}: {failure}; free space there and start again, "
+        f"checkpoint {directory} was not saved: rank {who}: {failure}; then start again, "
         "earlier checkpoints are intact"
     )
 

@@ -130,7 +130,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         ),
         "/part-00001.safetensors is not a readable checkpoint file (*); ",
     ),
-    "manifest": (shorten("manifest.json"), "/manifest.json is not valid JSON (*)"),
+    "manifest": (shorten("manifest.json"), "/manifest.json is damaged"),
 }
 
 
@@ -212,7 +212,7 @@ def test_a_disk_that_fills_during_a_checkpoint(corpus, trained, tmp_path, rank):
     line = told(run_command(config, 2, fault=full_disk(rank, save=2)))
     second = config.run_dir / "checkpoints" / "step-00000008"
     assert line.startswith(f"checkpoint {second} was not saved: rank {rank}: cannot write {second}/part-0000{rank}")
-    assert line.endswith("; free space there and start again, earlier checkpoints are intact")
+    assert line.endswith("; free space or choose another run_dir; then start again, earlier checkpoints are intact")
     assert [path.name for path in (config.run_dir / "checkpoints").iterdir()] == ["step-00000004"]
     first = Checkpoint.open(config.run_dir)
     good = Checkpoint.open(trained / "checkpoints" / "step-00000004")
