@@ -31,7 +31,7 @@ endif
 SOURCES := megatron_dept tools tests benchmarks setup.py pretrain_dept.py
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test check format demo demo-all clean distclean
+.PHONY: help venv test check format demo demo-all bench clean distclean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /|/' | \
@@ -63,6 +63,9 @@ demo: venv  ## The main job on real text: STD, GLOB, TRIM, SPEC-OPT, each with o
 
 demo-all: venv  ## The main job with every method and both adapt protocols
 	@$(PY) tools/demo.py --all $(DEMO_ARGS)
+
+bench: venv  ## Measure the fused head and loss beside torch's
+	@$(PY) benchmarks/loss.py
 
 clean:  ## Remove what was built and cached; .venv and demo/ stay
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info .venv/megatron_dept.stamp

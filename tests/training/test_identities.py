@@ -30,7 +30,7 @@ TOLERANCE = 1e-5
 SMOOTH = {"epsilon": 1e-3}
 """AdamW whose update is a smooth function of the gradient: with 1e-8, rounding alone decides the sign of an update
 wherever a gradient is nearly zero, and no tolerance would mean anything."""
-PLAIN_SGD = {
+PLAIN_SGD: dict[str, dict[str, Any]] = {
     "optimizer": {"optimizer": "sgd", "learning_rate": 0.5, "schedule": "constant", "warmup_steps": 0, "clip_grad": 0},
     "dept": {"n_local": 1, "rounds": 3},
 }
@@ -103,6 +103,28 @@ def test_one_inner_step_and_fedavg_is_synchronous_data_parallel(
     for step, loss in enumerate(synchronous):
         of_sources = [value for (_, at), value in found.items() if at == step]
         assert len(of_sources) == 3 and np.mean(of_sources) == pytest.approx(loss, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(("silos", "data", "stage"), [(2, 1, 1), (2, 2, 2)])
+def test_one_inner_step_and_nesterov_is_torchs_nesterov(
+    finished: Finished, corpus: Corpus, silos: int, data: int, stage: int
+) -> None:
+    """With one SGD step a round, a delta is a gradient times the inner rate: the outer optimizer on body and rows
+    is then torch's SGD with Nesterov momentum on the union of the batches, at the product of both rates."""
+    outer = {"optimizer": "nesterov", "learning_rate": 0.7, "momentum": 0.9}
+    sections: dict[str, Any] = {
+        "optimizer": {**PLAIN_SGD["optimizer"], "learning_rate": 0.1},
+        "dept": {**PLAIN_SGD["dept"], "outer": outer},
+        "parallel": {"silos": silos, "zero_stage": stage},
+    }
+    run_dir = finished(silos * data, **sections)
+    config = small_config(corpus, run_dir, **sections)
+    plain = plain_run(config, vocabulary_size(config))
+    groups = [{"params": list(plain.body.parameters())}, {"params": plain.embedding_parameters()}]
+    plain.optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9, nesterov=True)
+    for step in range(3):
+        plain.step(union_batch(config, step), 0.7 * 0.1)
+    assert largest_difference(final_state(run_dir), by_checkpoint_name(plain)) < TOLERANCE
 
 
 @pytest.mark.parametrize("silos", [1, 2])

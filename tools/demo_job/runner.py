@@ -116,7 +116,7 @@ class Runner:
     def expected_seconds(self, step: Step) -> float:
         """What the step took last time, else what the plan says."""
         path = self.stamps / f"{step.name}.json"
-        return float(read_json(path)["seconds"]) if path.exists() else step.seconds
+        return max(0.1, float(read_json(path)["seconds"])) if path.exists() else step.seconds
 
     def _is_done(self, step: Step, fingerprint: str) -> bool:
         path = self.stamps / f"{step.name}.json"

@@ -122,6 +122,7 @@ def plan_steps(root: Path, sources: Sources, every_method: bool, offline: bool) 
     tokenizers, data = _tokenizer_steps(sources), _data_steps(sources)
     steps = [fetch, *tokenizers, *data]
     ready = tuple(step.name for step in data)
+    steps.append(_dry_run(root, flags, ready))
     steps += [_pretrain(root, method, flags, ready) for method in methods]
     steps += [_evaluate(method.name, method.vocabulary == "global", sources) for method in methods]
     steps += [
@@ -176,6 +177,13 @@ def _data_steps(sources: Sources) -> list[Step]:
         )
         for name, kind, tokenizer in wanted
     ]  # fmt: skip
+
+
+def _dry_run(root: Path, flags: Sequence[str], ready: tuple[str, ...]) -> Step:
+    """The plan of one of the runs, for people to read in the step's log."""
+    config = f"{EXAMPLES}/trim.yaml"
+    command = ("python", "pretrain_dept.py", config, "--dry-run", "--ranks", "2", *flags)
+    return Step("plan", command, 6, ready, _bases(root, Path(config)))
 
 
 def _pretrain(root: Path, method: Method, flags: Sequence[str], ready: tuple[str, ...]) -> Step:
