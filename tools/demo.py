@@ -36,7 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     runner = Runner(ROOT, arguments.cores)
     try:
         runner.run([fetch_step(arguments.offline)], title="demo: text")
-        steps = plan_steps(ROOT, Sources.read(ROOT / "demo" / "text"), arguments.all, arguments.offline)
+        sources = Sources.read(ROOT / "demo" / "text")
+        if not sources.online:
+            print(
+                "NO NETWORK (or --offline): the text is this installation's own, code and English only; "
+                f"sources: {', '.join(sources.trained)}, held out: {', '.join(sources.held_out)}",
+                file=sys.stderr,
+            )
+        steps = plan_steps(ROOT, sources, arguments.all, arguments.offline)
         if arguments.list:
             print("\n".join(step.text for step in steps))
             return 0

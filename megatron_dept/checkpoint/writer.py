@@ -102,8 +102,7 @@ def _agree(failures: Iterable[object], directory: Path, sweep: bool) -> None:
         shutil.rmtree(directory, ignore_errors=True)
     who, failure = failed[0]
     raise CheckpointError(
-        f"checkpoint {directory} was not saved: rank {who}: {failure}; then start again, "
-        "earlier checkpoints are intact"
+        f"checkpoint {directory} was not saved: rank {who}: {failure}; then start again, earlier checkpoints are intact"
     )
 
 

@@ -6,6 +6,7 @@ import struct
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import report as tool
 import synthetic_runs as made
@@ -13,6 +14,7 @@ import synthetic_runs as made
 from megatron_dept.common.errors import UserError
 from megatron_dept.evaluation.report.build import build_report
 from megatron_dept.evaluation.report.expenses import paper_settings
+from megatron_dept.evaluation.report.figures import broken
 from megatron_dept.evaluation.report.runs import load_runs
 from megatron_dept.evaluation.report.schema import Report, describe
 from megatron_dept.evaluation.report.style import apart
@@ -96,7 +98,23 @@ def test_perplexity_under_another_tokenizer_is_not_compared(report: Report) -> N
     assert not own.same_tokenizer and trimmed.same_tokenizer
     assert all(score.perplexity_improvement is None for score in own.sources.values())
     assert all(score.bits_per_byte_improvement is not None for score in own.sources.values())
+    assert not any(score.perplexity_compares for score in own.sources.values())
     assert all(row.same_tokenizer for row in table(report, "after_adapt_random").rows)
+
+
+def test_perplexity_over_other_tokens_is_not_compared(tmp_path: Path) -> None:
+    """TRIM on unseen text before adapt: most tokens are outside its vocabulary and are scored by their bytes."""
+    paths = made.write_runs(tmp_path, ("std", "trim"))
+    path = tmp_path / "runs/trim/evaluation.json"
+    evaluation = json.loads(path.read_text())
+    evaluation["sources"][made.UNSEEN] |= {"tokens": 90_000, "replaced_tokens": 15_000}
+    evaluation["sources"]["python-code"] |= {"tokens": 20_100, "replaced_tokens": 40}
+    path.write_text(json.dumps(evaluation))
+    report = build_report(load_runs(paths))
+    unseen = table(report, "before_adapt", unseen=True).rows[1].sources[made.UNSEEN]
+    assert not unseen.perplexity_compares and unseen.perplexity_improvement is None
+    assert unseen.bits_per_byte_improvement is not None
+    assert table(report, "before_adapt").rows[1].sources["python-code"].perplexity_improvement is not None
 
 
 def test_unseen_text_has_tables_of_its_own(report: Report) -> None:
@@ -277,6 +295,13 @@ def test_two_runs_of_a_method_are_told_apart(tmp_path: Path) -> None:
     assert [record.method for record in load_runs([run, other])] == ["GLOB (glob)", "GLOB (glob-seed-2)"]
     with pytest.raises(UserError, match="given twice"):
         load_runs([run, run])
+
+
+def test_a_line_is_interrupted_where_a_source_was_not_sampled() -> None:
+    x, y = broken(np.array([1.0, 2, 3, 4, 5, 30, 31, 32]), np.arange(8.0))
+    assert np.isnan(x[5]) and np.isnan(y[5]) and len(x) == 9
+    x, _ = broken(np.array([1.0, 100.0, 101.0]), np.zeros(3))
+    assert len(x) == 3, "a few points are no line to interrupt"
 
 
 def test_labels_are_moved_apart_and_keep_their_order() -> None:

@@ -16,20 +16,22 @@ from megatron_dept.topology.launch import Launch
 from tests.support.distributed import run_ranks
 from tests.support.runs import losses, metrics, train_rank
 
-SECONDS_TO_ARRIVE = 1.0
-"""By then a silo that has nothing to do waits for the others, and a rank that got a signal has passed it on."""
+SECONDS_TO_ARRIVE = 0.5
+"""By then a silo that has nothing left to do waits for the others, and a rank that got a signal has passed it on."""
 
 
 @dataclass(frozen=True)
 class Stop:
     """While `rank` is in its `step`-th inner step (from 1), SIGTERM goes to `target`, itself where that is None.
 
-    A target other than itself is one that waits by then: the sender gives it the time to get there.
+    A target other than itself is one that waits by then: the sender gives it the time to get there. Where it has steps
+    of its own to train first, silo 0's are `after`.
     """
 
     rank: int
     step: int
     target: int | None = None
+    after: int = 0
 
 
 def stopped(config: RunConfig, ranks: int, stop: Stop) -> Checkpoint:
@@ -96,6 +98,8 @@ def _stopped_rank(launch: Launch, config: RunConfig, stop: Stop) -> bool:
             if stop.target is None:
                 os.kill(os.getpid(), signal.SIGTERM)
             else:
+                while steps_logged(config.run_dir, 0) < stop.after:
+                    time.sleep(0.02)
                 time.sleep(SECONDS_TO_ARRIVE)
                 os.kill(int((pids / f"{config.run_dir.name}.{stop.target}.pid").read_text()), signal.SIGTERM)
                 time.sleep(SECONDS_TO_ARRIVE)
@@ -122,7 +126,12 @@ def _killed_rank(launch: Launch, config: RunConfig, after_save: int) -> bool:
         return path
 
     RunState.save = save  # type: ignore[method-assign]
-    return train_rank(launch, config)
+    try:
+        return train_rank(launch, config)
+    except Exception:
+        # Another rank was quicker to die.
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise
 
 
 def _resaved_rank(launch: Launch, config: RunConfig) -> bool:

@@ -122,8 +122,9 @@ def test_local_phases_that_wait_for_their_turn_are_carried_over(
         set(stopped(one, 1, Stop(0, 1)).manifest["progress"]["flights"]),
         set(stopped(one, 1, Stop(0, 1)).manifest["progress"]["flights"]),
     ]
-    # The first process ends latin's third step; the slot is over, so the next is stopped in greek.
-    assert flights == [{"latin", "greek"}, {"latin", "greek"}, {"greek"}]
+    # The first process ends latin's third step, and with it its slot; so the next is stopped in another's: greek's,
+    # unless the silo that trained it had run ahead.
+    assert flights[:2] == [{"latin", "greek"}] * 2 and len(flights[2]) == 1 and flights[2] != {"latin"}
     assert train(one) == [True]
     never_stopped = finished(2, **case.sections(Layout(2)))
     assert losses(run_dir) == pytest.approx(losses(never_stopped), rel=TOLERANCE)

@@ -55,7 +55,9 @@ CASES = {
     "in the second slot, beside an idle silo": Case(Stop(0, 5), {"code": 2}, variant="spec", dept=KEEP),
     "in the second round": Case(Stop(0, 8), {"latin": 2}, variant="spec", dept={**KEEP, "outer": NESTEROV}),
     "the idle silo is told, while it waits": Case(Stop(0, 5, target=1), {"code": 2}, variant="spec_opt"),
-    "a silo that is done is told, while it waits": Case(Stop(1, 2, target=0), {"latin": 3, "greek": 2}, stage=0),
+    "a silo that is done is told, while it waits": Case(
+        Stop(1, 2, target=0, after=3), {"latin": 3, "greek": 2}, stage=0
+    ),
     "at a round's last step": Case(Stop(0, 6), {"code": 3}, dept={**KEEP, "outer": NESTEROV}, stage=3),
     "at the run's last step, saving only at the end": Case(
         Stop(0, 12), {"code": 3}, variant="trim", checkpoint={"save_interval": 0}
@@ -85,11 +87,11 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(
 
 
 def test_a_run_stopped_again_and_again(finished: Finished, corpus: Corpus, tmp_path: Path) -> None:
-    """Stopped in its second step, one step later, at the slot's end, and in the second round."""
+    """In its second step, one step later at the slot's end, in the second round, and there again."""
     sections = {"dept": {"variant": "trim", "inner_state": "keep"}, "parallel": {"silos": 2}}
     config = small_config(corpus, tmp_path / "run", **sections)
-    for stop in (Stop(0, 2), Stop(1, 1), Stop(0, 4), Stop(0, 2)):
-        stopped(config, 2, stop)
+    for steps in (2, 1, 4, 2):
+        stopped(config, 2, Stop(0, steps))
     assert train(config, 2) == [True] * 2
     assert_same_run(config.run_dir, finished(2, **sections))
 

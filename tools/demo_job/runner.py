@@ -181,7 +181,7 @@ class Runner:
             progress.log(f"    {name} done in {format_seconds(seconds)}")
             write_json(
                 self.stamps / f"{name}.json",
-                {"fingerprint": prints[name], "seconds": round(seconds, 1), "command": running.step.text},
+                {"fingerprint": prints[name], "seconds": round(seconds, 2), "command": running.step.text},
             )
             done.add(name)
 
@@ -200,15 +200,23 @@ class Runner:
             _signal(running.process, signal.SIGTERM)
         deadline = time.monotonic() + GRACE_SECONDS
         for running in self._running.values():
-            try:
-                running.process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                pass
-            finally:
-                _signal(running.process, signal.SIGKILL)
-                running.process.wait()
-                running.handle.close()
+            # Of the whole group: a launcher goes at once, its ranks when they have saved.
+            while _lives(running.process) and time.monotonic() < deadline:
+                time.sleep(TICK_SECONDS)
+            _signal(running.process, signal.SIGKILL)
+            running.process.wait()
+            running.handle.close()
         self._running.clear()
+
+
+def _lives(process: subprocess.Popen) -> bool:
+    """Whether any process of the group is left."""
+    process.poll()  # the leader, once ended, would be counted until it is waited for
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _signal(process: subprocess.Popen, number: int) -> None:

@@ -23,6 +23,7 @@ from megatron_dept.evaluation.report.style import (
 from megatron_dept.evaluation.report.tables import AVERAGE, cell
 
 COLUMNS = 3  # panels side by side
+LEAP = 4  # times the usual distance between points: what interrupts a line
 
 
 def draw_figures(report: Report, folder: Path) -> dict[str, str]:
@@ -69,9 +70,9 @@ def panels(curves: Sequence[Curve], sources: Sequence[str], unit: str, whole: st
     for axis, source in zip(axes, shown, strict=False):
         lines = [curve for curve in curves if curve.source == source]
         for curve in lines:
-            x = np.asarray(curve.tokens) / scale
+            x, y = broken(np.asarray(curve.tokens) / scale, np.asarray(curve.values))
             axis.plot(
-                x, curve.values, color=colour_of(curve.method), linewidth=1.6, linestyle=line_style(curve.method),
+                x, y, color=colour_of(curve.method), linewidth=1.6, linestyle=line_style(curve.method),
                 marker="o" if len(x) < 3 else None, markersize=3,
             )  # fmt: skip
         heading(axis, whole if source is None else source, unit)
@@ -87,6 +88,13 @@ def panels(curves: Sequence[Curve], sources: Sequence[str], unit: str, whole: st
         label_ends(axis, ends)
     save(figure, path)
     return path
+
+
+def broken(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A line with gaps where x leaps: a source that was not sampled for a round has no values there."""
+    steps = np.diff(x)
+    leaps = np.flatnonzero(steps > LEAP * np.median(steps)) + 1 if len(steps) > LEAP else np.array([], dtype=int)
+    return np.insert(x, leaps, np.nan), np.insert(y, leaps, np.nan)
 
 
 def improvement(tables: Sequence[Table], path: Path) -> Path | None:

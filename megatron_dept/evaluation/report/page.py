@@ -75,9 +75,10 @@ def _score_sections(report: Report, folder: Path) -> list[str]:
     if before:
         parts.append("<h2>Held-out text before adapt</h2>")
         parts.append(
-            "<p>Each source in the vocabulary it was trained in. Perplexity compares on the same tokenizer only "
-            '(<span class="other">italic</span>: another tokenizer); bits per byte compare always. Under TRIM and SPEC '
-            "the softmax runs over the source's tokens alone.</p>"
+            "<p>Each source in the vocabulary it was trained in. Perplexity compares on the same tokens only "
+            '(<span class="other">italic</span>: another tokenizer, or many tokens scored by their bytes because the '
+            "vocabulary lacks them); bits per byte compare always. Under TRIM and SPEC the softmax runs over the "
+            "source's tokens alone.</p>"
         )
         parts += [_score_table(table) for table in before]
     return parts
@@ -103,19 +104,18 @@ def _column_class(column: str) -> str:
 
 
 def _best(rows: Sequence[Row], column: str) -> tuple[float, float]:
-    """(lowest perplexity under the global tokenizer, lowest bits per byte) of a column."""
-    scores = [(row, score) for row in rows if (score := cell(row, column)) is not None]
-    perplexity = min((score.perplexity for row, score in scores if row.same_tokenizer), default=math.nan)
-    return perplexity, min((score.bits_per_byte for _, score in scores), default=math.nan)
+    """(lowest perplexity of those that compare, lowest bits per byte) of a column."""
+    scores = [score for row in rows if (score := cell(row, column)) is not None]
+    perplexity = min((score.perplexity for score in scores if score.perplexity_compares), default=math.nan)
+    return perplexity, min((score.bits_per_byte for score in scores), default=math.nan)
 
 
 def _score_cell(row: Row, column: str, best: tuple[float, float]) -> str:
     score = cell(row, column)
     if score is None:
         return "–"
-    perplexity = _marked(
-        number(score.perplexity), score.perplexity == best[0] and row.same_tokenizer, not row.same_tokenizer
-    )
+    compares = score.perplexity_compares
+    perplexity = _marked(number(score.perplexity), compares and score.perplexity == best[0], not compares)
     bits = _marked(f"{score.bits_per_byte:.3f}", score.bits_per_byte == best[1], False)
     return (
         f"{perplexity} {_change(score.perplexity_improvement)}"

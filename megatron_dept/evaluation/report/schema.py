@@ -79,9 +79,13 @@ class Score(Entry):
     tokens: int = Field(description="scored tokens")
     replaced_tokens: int = Field(description="held-out tokens outside the vocabulary, scored by their byte pieces")
     vocabulary_size: int = Field(description="ids the softmax ran over")
+    perplexity_compares: bool = Field(
+        description="false where the tokenizer is not the global one, or where so many tokens were replaced by byte "
+        "pieces that scored tokens differ by over 1 % from the baselines'"
+    )
     perplexity_improvement: float | None = Field(
         description="percent below the best baseline's perplexity of this source (negative: worse); null for "
-        "baselines, without a baseline, or where the tokenizer differs"
+        "baselines, without a baseline, or where perplexities do not compare"
     )
     bits_per_byte_improvement: float | None = Field(description="the same in bits per byte; null only for baselines")
 

@@ -16,6 +16,7 @@ _TITLES: dict[Moment, str] = {
     "before_adapt": "Before: as pre-trained, each source in the vocabulary it was trained in",
 }
 AVERAGE = "average"
+SAME_TOKENS = 0.01  # scored tokens that differ by no more leave perplexities comparable
 
 
 def build_tables(records: Sequence[RunRecord]) -> list[Table]:
@@ -35,11 +36,10 @@ def build_table(records: Sequence[RunRecord], moment: Moment, out_of_distributio
     rows = [_row(record, out_of_distribution, moment) for record in records]
     rows = [row for row in rows if row.sources]
     sources = list(dict.fromkeys(name for row in rows for name in row.sources))
+    best = {source: _improve(rows, source) for source in sources}
     for row in rows:
         row.average = _average(row, sources)
-    best = {}
-    for column in (*sources, AVERAGE):
-        best[column] = _improve(rows, column)
+    best[AVERAGE] = _improve(rows, AVERAGE)
     title = _TITLES[moment] + (" (text no run has seen)" if out_of_distribution else "")
     return Table(
         title=title,
@@ -64,23 +64,23 @@ def _moment(record: RunRecord) -> Moment:
 
 def _row(record: RunRecord, out_of_distribution: bool, moment: Moment) -> Row:
     assert record.evaluation is not None, "chosen by the caller"
+    same_tokenizer = moment != "before_adapt" or VARIANTS[record.base.dept.variant].vocabulary != "own"
     scores = {
-        name: _score(entry, record, name)
+        name: _score(entry, record, name, same_tokenizer)
         for name, entry in record.evaluation["sources"].items()
         if bool(entry["out_of_distribution"]) is out_of_distribution
     }
-    own_tokenizer = moment == "before_adapt" and VARIANTS[record.base.dept.variant].vocabulary == "own"
     return Row(
         method=record.method,
         run=record.name,
         baseline=record.baseline,
-        same_tokenizer=not own_tokenizer,
+        same_tokenizer=same_tokenizer,
         sources=scores,
         average=None,
     )
 
 
-def _score(entry: dict[str, Any], record: RunRecord, source: str) -> Score:
+def _score(entry: dict[str, Any], record: RunRecord, source: str, same_tokenizer: bool) -> Score:
     try:
         return Score(
             perplexity=_number(entry["perplexity"]),
@@ -88,6 +88,7 @@ def _score(entry: dict[str, Any], record: RunRecord, source: str) -> Score:
             tokens=entry["tokens"],
             replaced_tokens=entry["replaced_tokens"],
             vocabulary_size=entry["vocabulary_size"],
+            perplexity_compares=same_tokenizer,
             perplexity_improvement=None,
             bits_per_byte_improvement=None,
         )
@@ -112,6 +113,7 @@ def _average(row: Row, sources: Sequence[str]) -> Score | None:
         tokens=sum(score.tokens for score in scores),
         replaced_tokens=sum(score.replaced_tokens for score in scores),
         vocabulary_size=max(score.vocabulary_size for score in scores),
+        perplexity_compares=all(score.perplexity_compares for score in scores),
         perplexity_improvement=None,
         bits_per_byte_improvement=None,
     )
@@ -124,11 +126,13 @@ def _improve(rows: Sequence[Row], column: str) -> str | None:
         return None
     perplexity = _least(score.perplexity for _, score in baselines)
     bits = _least(score.bits_per_byte for _, score in baselines)
+    tokens = baselines[0][1].tokens
     for row in rows:
         score = cell(row, column)
         if score is not None and not row.baseline:
+            score.perplexity_compares &= abs(score.tokens - tokens) <= SAME_TOKENS * tokens
             score.bits_per_byte_improvement = _percent_below(score.bits_per_byte, bits)
-            if row.same_tokenizer:
+            if score.perplexity_compares:
                 score.perplexity_improvement = _percent_below(score.perplexity, perplexity)
     return min(baselines, key=lambda pair: pair[1].perplexity)[0].method
 
@@ -148,7 +152,7 @@ def findings(tables: Sequence[Table]) -> list[str]:
     for table in tables:
         if table.when == "before_adapt":
             continue
-        use_perplexity = all(row.same_tokenizer for row in table.rows)
+        use_perplexity = all(score.perplexity_compares for row in table.rows for score in row.sources.values())
         sentences += _table_findings(table, use_perplexity)
     return sentences or ["No run was evaluated after adapt: there is nothing to compare yet."]
 
