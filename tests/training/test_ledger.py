@@ -8,8 +8,9 @@ import pytest
 
 from megatron_dept.models.build import build_body
 from tests.support.corpus import Corpus
-from tests.support.runs import small_config
+from tests.support.runs import small_config, train
 from tests.training.conftest import Finished
+from tests.training.interrupts import Stop, stopped
 from tests.training.plain_run import vocabulary_size
 
 DEPT = {"rounds": 2, "n_local": 1}
@@ -114,3 +115,15 @@ def test_std_pays_for_gradients_every_step(finished: Finished, corpus: Corpus, s
         assert least <= per_step <= most * 1.02, "2 % for padding and for norms reduced beside"
         assert (entry["groups"].get("silo/parameter", 0) > 0) == (stage > 0)
         assert not any(key.startswith("federation/") for key in entry["groups"])
+
+
+def test_an_interrupted_round_keeps_what_it_has_sent(corpus: Corpus, tmp_path: Path) -> None:
+    """Stopped in its second slot and resumed: what was sent before goes on with the checkpoint, and only the rows that
+    silo 0 fetches a second time (those of the other silo's half) come on top."""
+    config = small_config(corpus, tmp_path / "run", dept={"rounds": 1}, parallel={"silos": 2})
+    stopped(config, 2, Stop(rank=0, step=5))
+    train(config, ranks=2)
+    (entry,) = ledger(config.run_dir)
+    row = config.model.hidden_size * 4
+    again = {"body": 0, "embedding": vocabulary_size(config) // 2 * row, "position": config.model.seq_length // 2 * row}
+    assert {kind: entry["kinds"][kind] - entry["predicted"][kind] for kind in again} == again
