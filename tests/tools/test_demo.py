@@ -310,7 +310,9 @@ def test_progress_of_a_training_run_is_read_from_its_log() -> None:
 
 def test_ctrl_c_ends_the_demo_with_its_exit_code(tmp_path: Path) -> None:
     code = (
-        "import sys; sys.path[:0] = [sys.argv[1], sys.argv[2]]\n"
+        # A shell that runs the tests in the background has them, and their children, ignore Ctrl-C.
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.path[:0] = [sys.argv[1], sys.argv[2]]\n"
         "from pathlib import Path\nfrom demo_job.runner import Runner\nfrom demo_job.steps import Step\n"
         "from megatron_dept.common.cli import run_tool\n"
         "def main(argv=None):\n"
