@@ -51,7 +51,7 @@ check: venv  ## Format, lint, types, and the floors that imports go down
 	@$(PY) -m ruff format --check --quiet $(wildcard $(SOURCES))
 	@$(PY) -m ruff check --quiet $(wildcard $(SOURCES))
 	@$(PY) -m mypy
-	@cd tools && MYPYPATH=..:. $(PY) -m mypy --config-file ../pyproject.toml --follow-imports=silent *.py demo_corpora demo_job
+	@cd tools && MYPYPATH=..:. $(PY) -m mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache --follow-imports=silent *.py demo_corpora demo_job
 	@$(PY) -m pytest -q tests/test_floors.py
 
 format: venv  ## Format the code, and mend what the linter can

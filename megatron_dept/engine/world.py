@@ -81,7 +81,7 @@ def start_world(launch: Launch, layout: Layout, timeout_seconds: float) -> World
         first = str(error).strip().splitlines()[0]
         raise FederationError(
             f"rank {launch.rank} of {launch.world_size} could not meet the others at {launch.address}:{launch.port} "
-            f"({first}); check that every rank was started and the port is free"
+            f"({first}); check that every rank was started and that the port is free, or choose another (--master_port)"
         ) from error
     silo: Communicator = Alone()
     if layout.silo_size > 1:
