@@ -269,5 +269,6 @@ def test_a_rank_that_is_never_started(corpus, tmp_path):
     config = small_config(corpus, tmp_path / "run", parallel={"silos": 2}, training={"timeout_seconds": 2})
     (line,) = run_ranks(1, alone, config, limit=30)
     assert line.startswith("rank 0 of 2 could not meet the others at 127.0.0.1:")
-    assert line.endswith("; check that every rank was started and that the port is free, or choose another (--master_port)")
+    remedy = "; check that every rank was started and that the port is free, or choose another (--master_port)"
+    assert line.endswith(remedy)
     assert not config.run_dir.exists()
