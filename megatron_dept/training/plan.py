@@ -111,6 +111,7 @@ def build_plan(config: RunConfig, ranks: int, sources: SourceSet | None = None) 
         "layout": {**asdict(layout), "ranks": ranks, "gradient_accumulation_steps": accumulation},
         "rank_map": [asdict(layout.coordinate(rank)) for rank in range(ranks)],
         "body_parameters": body_parameters(config.model),
+        "position_parameters": config.model.has_position_table * config.model.seq_length * config.model.hidden_size,
         "body_partition": {"elements": partitions[0], "padding": sum(partitions) - body_parameters(config.model)},
         "total_steps": config.total_steps,
         "variant": config.dept.variant,
@@ -139,7 +140,8 @@ def print_plan(config: RunConfig, ranks: int) -> None:
     console.print(ranks_table)
     padding = plan["body_partition"]["padding"]
     console.print(
-        f"body {plan['body_parameters']:,} parameters; a rank's partition {plan['body_partition']['elements']:,} "
+        f"body {plan['body_parameters']:,} parameters, positions {plan['position_parameters']:,}; "
+        f"a rank's partition of the body {plan['body_partition']['elements']:,} "
         f"(padding of all: {padding:,})"
     )
     console.print(_variants_table(plan))
@@ -180,7 +182,7 @@ def _variant(
         "gradient_bytes_first_round": _gradient_bytes(
             same, layout, body, rows * config.model.hidden_size, len(sampled)
         ),
-        "leading_term_body": traffic.leading_term(body) if VARIANTS[variant].averages_body else 0,
+        "body_bytes_itemised": traffic.itemised_body_bytes(body) if VARIANTS[variant].averages_body else {},
         "memory": {**asdict(memory), "total": memory.total},
     }
 
@@ -200,7 +202,7 @@ def _variants_table(plan: dict[str, Any]) -> Table:
         "rows, largest source",
         "parameters",
         "body",
-        "(formula)",
+        "formula + padding of partitions + of shares",
         "embedding",
         "position",
         "gradients",
@@ -216,7 +218,7 @@ def _variants_table(plan: dict[str, Any]) -> Table:
             f"{max(entry['vocabulary_sizes'].values()):,}",
             f"{plan['body_parameters'] + entry['embedding_parameters_largest_source']:,}",
             f"{sent['body']:,}",
-            f"{entry['leading_term_body']:,}",
+            " + ".join(f"{item:,}" for item in entry["body_bytes_itemised"].values()),
             f"{sent['embedding']:,}",
             f"{sent['position']:,}",
             f"{entry['gradient_bytes_first_round']:,}",

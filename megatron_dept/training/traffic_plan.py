@@ -68,9 +68,15 @@ class TrafficPlan:
         shares = sum(share_size(numel, silos) for numel in self._partitions)
         return 2 * silos * (silos - 1) * shares * FP32_BYTES
 
-    def leading_term(self, body: int) -> int:
-        """The same by the formula alone, for a body of so many parameters: no padding."""
-        return 2 * body * (self._layout.silos - 1) * FP32_BYTES
+    def itemised_body_bytes(self, body: int) -> dict[str, int]:
+        """`body_bytes` of a body of so many parameters by what they are: the formula's, and padding that comes on top.
+
+        Data ranks pad the body to equal partitions, silos pad each partition to equal shares. Nothing is sent twice:
+        under ZeRO 0 the replicated body is cut over the data ranks.
+        """
+        moved = 2 * (self._layout.silos - 1) * FP32_BYTES
+        items = {"formula": moved * body, "partition_padding": moved * (sum(self._partitions) - body)}
+        return items | {"share_padding": self.body_bytes() - sum(items.values())}
 
     def _row_bytes(self, slots: Slots, total_rows: int, ids_of: Callable[[str], np.ndarray], fetch: bool) -> int:
         """Rows that cross between silos, and that a silo's data ranks share among themselves after a fetch."""

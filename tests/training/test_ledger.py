@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_dept.models.build import build_body
+from megatron_dept.training.plan import build_plan
 from tests.support.corpus import Corpus
 from tests.support.runs import small_config, train
 from tests.training.conftest import Finished
@@ -127,3 +128,23 @@ def test_an_interrupted_round_keeps_what_it_has_sent(corpus: Corpus, tmp_path: P
     row = config.model.hidden_size * 4
     again = {"body": 0, "embedding": vocabulary_size(config) // 2 * row, "position": config.model.seq_length // 2 * row}
     assert {kind: entry["kinds"][kind] - entry["predicted"][kind] for kind in again} == again
+
+
+def test_the_plan_itemises_the_bodys_padding(corpus: Corpus, tmp_path: Path) -> None:
+    """25,472 elements over 3 data ranks and 2 silos under ZeRO 0: the body is padded to a multiple of 3, each rank's
+    part then to a multiple of 2; whatever is not the formula's is padding, and the sum is what is sent."""
+    parallel = {"silos": 2, "zero_stage": 0}
+    config = small_config(corpus, tmp_path, parallel=parallel, training={"global_batch_size": 6})
+    plan = build_plan(config, 6)
+    entry = plan["variants"]["glob"]
+    body = plan["body_parameters"]
+    moved = 2 * (2 - 1) * 4
+    padded = -(-body // 3) * 3
+    shares = 2 * -(-padded // 3 // 2) * 3
+    assert entry["body_bytes_itemised"] == {
+        "formula": moved * body,
+        "partition_padding": moved * (padded - body),
+        "share_padding": moved * (shares - padded),
+    }
+    assert sum(entry["body_bytes_itemised"].values()) == entry["bytes_first_round"]["body"]
+    assert padded > body and shares > padded
