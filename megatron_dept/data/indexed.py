@@ -21,6 +21,7 @@ from typing import IO, Any, NoReturn, Self
 import numpy as np
 
 from megatron_dept.common.errors import DataError, UserError
+from megatron_dept.common.files import flush_to_disk
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -226,7 +227,7 @@ class IndexedDatasetWriter:
             final_index.unlink(missing_ok=True)
             os.replace(self._temporary_tokens, final_tokens)
             os.replace(self._temporary_index, final_index)
-            _flush_directory(final_index.parent)
+            flush_to_disk(final_index.parent)
         except OSError as error:
             self._fail(error)
         self._file = None
@@ -297,11 +298,3 @@ def _neighbour(path: Path) -> Path:
 def _flush_to_disk(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _flush_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
