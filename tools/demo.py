@@ -61,9 +61,10 @@ def _interrupt(signum: int, frame: Any) -> None:
 
 def _show(steps: Sequence[Step], runner: Runner, seconds: float) -> None:
     """What was found, what an exported model says, and where to look."""
-    for number, step in enumerate(steps, 1):
+    for step in steps:
         if step.name.startswith("generate-"):
-            log = runner.logs / f"{number:02d}-{step.name}.log"
+            # A step that was done by `make demo` has there another number than in `make demo-all`.
+            log = max(runner.logs.glob(f"[0-9]*-{step.name}.log"), key=lambda path: path.stat().st_mtime)
             said = log.read_text(encoding="utf-8", errors="replace").split("\n", 1)[1]
             print(f"\n{step.name}:\n    " + "\n    ".join(said.strip().splitlines()))
     print("\nWhat the runs found:")

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import demo
 import pytest
 import yaml
 from demo_corpora.catalogue import OFFLINE, ONLINE
@@ -330,3 +331,18 @@ def test_ctrl_c_ends_the_demo_with_its_exit_code(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=20)
     assert process.returncode == 130 and "stopped by the user" in error
+
+
+def test_the_end_shows_what_a_shorter_plan_generated(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`make demo-all` after `make demo`: the step is done already, and its log has the number it had then."""
+    runner.logs.mkdir(parents=True)
+    (runner.logs / "37-generate-glob.log").write_text("$ python tools/generate.py\nOnce upon a time\n")
+    report = runner.root / "demo" / "report" / "report.json"
+    report.parent.mkdir(parents=True)
+    report.write_text(json.dumps({"findings": ["DEPT was trained."]}))
+    monkeypatch.setattr(demo, "ROOT", runner.root)
+    demo._show([Step("first", ("true",), 1.0), Step("generate-glob", ("true",), 1.0)], runner, 1.0)
+    said = capsys.readouterr().out
+    assert "generate-glob:\n    Once upon a time\n" in said and "- DEPT was trained." in said
