@@ -258,7 +258,7 @@ def test_lines_of_ranks_that_share_a_terminal_do_not_mix(tmp_path, monkeypatch):
     out, err = Writes(), Writes()
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
-    log = Metrics(tmp_path, silo=1, leads=False, speaks=True)
+    log = Metrics(tmp_path, silo=1, leads=True)
     log.say("a step")
     log.warn("beware")
     pretrain_dept._tell(Launch(1, 2, 1, 2, "", 0), "what\nis wrong")

@@ -15,10 +15,9 @@ from megatron_dept.federation.ledger import KINDS
 class Metrics:
     """Writes this silo's metrics; on ranks that do not lead a silo every call does nothing."""
 
-    def __init__(self, run_dir: Path, silo: int, leads: bool, speaks: bool) -> None:
-        """`leads`: this rank writes the silo's file; `speaks`: it prints to the console."""
+    def __init__(self, run_dir: Path, silo: int, leads: bool) -> None:
+        """`leads`: this rank writes the silo's file and prints to the console."""
         self._file: IO[str] | None = None
-        self._speaks = speaks
         self._silo = silo
         if leads:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -33,7 +32,7 @@ class Metrics:
 
     def say(self, text: str) -> None:
         """One line on the console."""
-        if self._speaks:
+        if self._file is not None:
             _print_whole(text, sys.stdout)
 
     def warn(self, text: str) -> None:

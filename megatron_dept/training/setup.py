@@ -102,7 +102,7 @@ def build_trainer(
 
     `start_from`: the checkpoint whose body an adapt run begins with.
     """
-    metrics = Metrics(config.run_dir, world.place.silo, world.leads_silo, world.leads_silo)
+    metrics = Metrics(config.run_dir, world.place.silo, world.leads_silo)
     body = build_body(config.model, config.seed, config.training.activation_checkpointing)
     if start_from is not None:
         _load_body(body, start_from)

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_dept.common.files import sha256_file
 from megatron_dept.common.seeding import generator_for
 from megatron_dept.data.indexed import IndexedDatasetWriter
-from megatron_dept.tokenizers.base import Tokenizer
 from megatron_dept.tokenizers.load import load_tokenizer
 from megatron_dept.tokenizers.train import train_sentencepiece
 from megatron_dept.tokenizers.vocabulary import source_vocabulary
@@ -42,24 +40,25 @@ def build_corpus(directory: Path, train: int = 60, heldout: int = 6) -> Corpus:
     merged = [text for source in texts.values() for text in source]
     (directory / "tokenizers").mkdir(parents=True)
     file = directory / "tokenizers" / "global.model"
-    file.write_bytes(train_sentencepiece(merged, 421))
-    shared = load_tokenizer(file)
+    shared = train_sentencepiece(merged, 421)
+    file.write_bytes(shared)
     data, own_data = {}, {}
     for size, (name, source) in zip((331, 337, 317), texts.items(), strict=True):
-        own = directory / "tokenizers" / f"{name}.model"
-        own.write_bytes(train_sentencepiece(source, size))
+        own = train_sentencepiece(source, size)
         data[name] = write_dataset(directory / "global" / name, name, shared, source[:train], source[train:])
-        own_data[name] = write_dataset(
-            directory / "own" / name, name, load_tokenizer(own), source[:train], source[train:]
-        )
+        own_data[name] = write_dataset(directory / "own" / name, name, own, source[:train], source[train:])
     return Corpus(file, data, own_data)
 
 
-def write_dataset(directory: Path, name: str, tokenizer: Tokenizer, train: list[str], heldout: list[str]) -> Path:
-    """A dataset directory by hand, so that tests of training do not hang on preprocessing."""
+def write_dataset(directory: Path, name: str, model: bytes, train: list[str], heldout: list[str]) -> Path:
+    """A dataset directory by hand, so that tests of what comes after do not hang on preprocessing.
+
+    `model`: the bytes of a sentencepiece tokenizer.
+    """
     directory.mkdir(parents=True)
     copy = directory / "tokenizer.model"
-    copy.write_bytes(Path(tokenizer.path).read_bytes())
+    copy.write_bytes(model)
+    tokenizer = load_tokenizer(copy)
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     splits = {}
     for split, texts in (("train", train), ("heldout", heldout)):
@@ -80,7 +79,7 @@ def write_dataset(directory: Path, name: str, tokenizer: Tokenizer, train: list[
         "name": name,
         "tokenizer": {
             "kind": tokenizer.kind,
-            "fingerprint": sha256_file(copy),
+            "fingerprint": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "file": copy.name,
         },

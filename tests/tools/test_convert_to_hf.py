@@ -16,14 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_dept.checkpoint.slices import whole
 from megatron_dept.checkpoint.writer import save_checkpoint
 from megatron_dept.common.errors import CheckpointError, ConfigError, DataError, UserError
-from megatron_dept.common.files import write_json
 from megatron_dept.config.schema import ModelConfig
 from megatron_dept.data.directory import DatasetDirectory
-from megatron_dept.data.indexed import IndexedDatasetWriter
 from megatron_dept.models.build import build_body
-from megatron_dept.tokenizers.load import load_tokenizer
 from megatron_dept.tokenizers.train import train_sentencepiece
-from megatron_dept.tokenizers.vocabulary import source_vocabulary
+from tests.support.corpus import write_dataset
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_to_hf.py"
 SIZES = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "seq_length": 12, "init_std": 0.3}
@@ -31,35 +28,9 @@ TEXTS = {
     "en": ["the river runs to the sea and the sea is wide", "a wide river and a long road to the sea"],
     "it": ["il fiume va al mare e il mare è grande", "un grande fiume e una lunga strada al mare"],
 }
+# Of every source, so that each has held-out ids outside its V_k.
+HELDOUT = TEXTS["it"] + TEXTS["en"]
 VOCABULARY = {"glob": "global", "trim": "trimmed", "spec": "trimmed", "spec_opt": "own"}
-
-
-def write_dataset(path: Path, name: str, tokenizer_bytes: bytes) -> None:
-    """A dataset directory of one source; its held-out text is all sources', so it has ids outside V_k."""
-    path.mkdir(parents=True)
-    (path / "tokenizer.model").write_bytes(tokenizer_bytes)
-    tokenizer = load_tokenizer(path / "tokenizer.model")
-    splits, counts = {}, np.zeros(tokenizer.vocab_size, np.int64)
-    for split, documents in (("train", TEXTS[name]), ("heldout", TEXTS["it"] + TEXTS["en"])):
-        with IndexedDatasetWriter(path / split, tokenizer.vocab_size) as writer:
-            for document in documents:
-                ids = [*tokenizer.encode(document), tokenizer.eod_id]
-                writer.add_document(ids)
-                if split == "train":
-                    np.add.at(counts, ids, 1)
-            size = sum(len(document.encode()) for document in documents)
-            splits[split] = {"documents": len(documents), "tokens": writer.tokens, "bytes": size}
-    np.save(path / "token_counts.npy", counts)
-    named = {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "file": "tokenizer.model"}
-    card = {
-        "format_version": 1,
-        "name": name,
-        "tokenizer": {"kind": "sentencepiece", **named},
-        "splits": splits,
-        "tokens_per_byte": 0.5,
-        "vocabulary_size": len(source_vocabulary(counts, tokenizer)),
-    }
-    write_json(path / "card.json", card)
 
 
 def write_run(root: Path, data: Path, variant: str, trained: tuple[str, ...] = ("en", "it"), **model: object) -> Path:
@@ -117,7 +88,7 @@ def data(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("global")
     shared = train_sentencepiece([text for texts in TEXTS.values() for text in texts], 310, "bpe")
     for name in TEXTS:
-        write_dataset(root / name, name, shared)
+        write_dataset(root / name, name, shared, TEXTS[name], HELDOUT)
     return root
 
 
@@ -126,7 +97,8 @@ def own_data(tmp_path_factory) -> Path:
     """Datasets under a tokenizer of each source's own."""
     root = tmp_path_factory.mktemp("own")
     for name, size in (("en", 280), ("it", 276)):
-        write_dataset(root / name, name, train_sentencepiece(TEXTS[name], size, "unigram"))
+        own = train_sentencepiece(TEXTS[name], size, "unigram")
+        write_dataset(root / name, name, own, TEXTS[name], HELDOUT)
     return root
 
 

@@ -17,14 +17,11 @@ from megatron_dept.checkpoint.reader import Checkpoint
 from megatron_dept.checkpoint.slices import whole
 from megatron_dept.checkpoint.writer import save_checkpoint
 from megatron_dept.common.errors import CheckpointError, ConfigError, DataError
-from megatron_dept.common.files import write_json
 from megatron_dept.config.schema import ModelConfig
 from megatron_dept.data.directory import DatasetDirectory
-from megatron_dept.data.indexed import IndexedDatasetWriter
 from megatron_dept.models.build import build_body
-from megatron_dept.tokenizers.load import load_tokenizer
 from megatron_dept.tokenizers.train import train_sentencepiece
-from megatron_dept.tokenizers.vocabulary import source_vocabulary
+from tests.support.corpus import write_dataset
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "evaluate.py"
 MODEL = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, seq_length=12, init_std=0.3)
@@ -49,39 +46,6 @@ def load_tool():
 
 
 main = load_tool().main
-
-
-def write_dataset(path, name, tokenizer_bytes):
-    """A dataset directory of one source, by the contract's files."""
-    path.mkdir(parents=True)
-    (path / "tokenizer.model").write_bytes(tokenizer_bytes)
-    tokenizer = load_tokenizer(path / "tokenizer.model")
-    splits, counts = {}, np.zeros(tokenizer.vocab_size, np.int64)
-    for split, documents in (("train", TRAIN[name]), ("heldout", HELDOUT[name])):
-        with IndexedDatasetWriter(path / split, tokenizer.vocab_size) as writer:
-            for document in documents:
-                ids = [*tokenizer.encode(document), tokenizer.eod_id]
-                writer.add_document(ids)
-                if split == "train":
-                    np.add.at(counts, ids, 1)
-            size = sum(len(document.encode()) for document in documents)
-            splits[split] = {"documents": len(documents), "tokens": writer.tokens, "bytes": size}
-    np.save(path / "token_counts.npy", counts)
-    card = {
-        "format_version": 1,
-        "name": name,
-        "tokenizer": {
-            "kind": "sentencepiece",
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "file": "tokenizer.model",
-        },
-        "splits": splits,
-        "tokens_per_byte": splits["train"]["tokens"] / splits["train"]["bytes"],
-        "vocabulary_size": len(source_vocabulary(counts, tokenizer)),
-        "command": "by hand",
-    }
-    write_json(path / "card.json", card)
 
 
 @dataclass
@@ -145,8 +109,9 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     shared = train_sentencepiece([text for texts in TRAIN.values() for text in texts], 310, "bpe")
     for name in TRAIN:
-        write_dataset(root / "global" / name, name, shared)
-        write_dataset(root / "own" / name, name, train_sentencepiece(TRAIN[name], 290, "bpe"))
+        write_dataset(root / "global" / name, name, shared, TRAIN[name], HELDOUT[name])
+        own = train_sentencepiece(TRAIN[name], 290, "bpe")
+        write_dataset(root / "own" / name, name, own, TRAIN[name], HELDOUT[name])
     return World(root)
 
 

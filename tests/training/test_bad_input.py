@@ -139,8 +139,8 @@ def test_a_dataset_that_is_damaged(corpus, tmp_path, damage):
 
 @pytest.mark.parametrize("documents, has", [([], "0 tokens"), (["a"], "2 tokens")], ids=["empty", "short"])
 def test_a_source_with_too_few_tokens(corpus, tmp_path, documents, has):
-    tokenizer = DatasetDirectory.open(corpus.data["latin"]).tokenizer()
-    small = write_dataset(tmp_path / "small", "small", tokenizer, documents, ["held out text"])
+    model = (corpus.data["latin"] / "tokenizer.model").read_bytes()
+    small = write_dataset(tmp_path / "small", "small", model, documents, ["held out text"])
     line = refused(small_config(replace(corpus, data={**corpus.data, "latin": small}), tmp_path / "run"))
     assert line == (
         f"source latin: {small / 'train'} has {has}, too few for one sample of seq_length 32 + 1; "
@@ -149,8 +149,8 @@ def test_a_source_with_too_few_tokens(corpus, tmp_path, documents, has):
 
 
 def test_a_source_without_heldout_text(corpus, tmp_path):
-    tokenizer = DatasetDirectory.open(corpus.data["latin"]).tokenizer()
-    unscored = write_dataset(tmp_path / "unscored", "unscored", tokenizer, ["some text to train on " * 20], [])
+    model = (corpus.data["latin"] / "tokenizer.model").read_bytes()
+    unscored = write_dataset(tmp_path / "unscored", "unscored", model, ["some text to train on " * 20], [])
     config = small_config(
         replace(corpus, data={**corpus.data, "latin": unscored}), tmp_path / "run", evaluation={"interval_rounds": 1}
     )
