@@ -31,11 +31,11 @@ endif
 SOURCES := megatron_dept tools tests benchmarks setup.py pretrain_dept.py
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test check format demo demo-all bench clean distclean
+.PHONY: help venv test check format test-all-layouts demo demo-all bench clean distclean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /|/' | \
-	  awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+	  awk -F'|' '{printf "  make %-17s %s\n", $$1, $$2}'
 	@echo
 	@echo "  PYTHON=...           another Python; one that has torch >= 2.11 is used as it is"
 	@echo "  TORCH_INDEX_URL=...  where else torch may come from, e.g. https://download.pytorch.org/whl/cpu"
@@ -47,11 +47,14 @@ venv:  ## Make .venv with everything pinned, native code built; nothing where it
 test: venv  ## Every test, as CI runs them
 	@$(PY) -m pytest $(PYTEST_ARGS)
 
+test-all-layouts: venv  ## Gradients and updates on every legal layout, not only every pair of choices; hours on 2 cores
+	@$(PY) -m pytest -m all_layouts tests/engine $(PYTEST_ARGS)
+
 check: venv  ## Format, lint, types, and the floors that imports go down
 	@$(PY) -m ruff format --check --quiet $(wildcard $(SOURCES))
 	@$(PY) -m ruff check --quiet $(wildcard $(SOURCES))
 	@$(PY) -m mypy
-	@cd tools && MYPYPATH=..:. $(PY) -m mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache --follow-imports=silent *.py demo_corpora demo_job
+	@cd tools && MYPYPATH=..:. $(PY) -m mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache --follow-imports=silent *.py demo_corpora demo_job run_plan
 	@$(PY) -m pytest -q tests/test_floors.py
 
 format: venv  ## Format the code, and mend what the linter can
@@ -64,8 +67,10 @@ demo: venv  ## The main job on real text: STD, GLOB, TRIM, SPEC-OPT, each with o
 demo-all: venv  ## The main job with every method and both adapt protocols
 	@$(PY) tools/demo.py --all $(DEMO_ARGS)
 
-bench: venv  ## Measure the fused head and loss beside torch's
+bench: venv  ## Measure the head and loss beside torch's, steps beside plain DeepSpeed's, and draw layouts' loss curves
 	@$(PY) benchmarks/loss.py
+	@$(PY) -m benchmarks.layouts
+	@$(PY) -m benchmarks.convergence
 
 clean:  ## Remove what was built and cached; .venv and demo/ stay
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info .venv/megatron_dept.stamp

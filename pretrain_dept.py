@@ -16,7 +16,7 @@ from typing import NoReturn
 from megatron_dept.common.cli import EXIT_INTERRUPTED, explain_refusal, positive_int
 from megatron_dept.common.errors import EXIT_USER_ERROR, ConfigError, UserError
 from megatron_dept.config.load import describe_fields, load_config
-from megatron_dept.topology.launch import Launch, read_launch
+from megatron_dept.topology.launch import Launch, discover_over_mpi, read_launch
 
 GRACE_SECONDS = 5.0
 """A launcher ends all ranks when the first fails: those that leave the telling to another stay this long for it."""
@@ -65,6 +65,7 @@ def main(argv: Sequence[str], launch: Launch) -> int:
     # Imported late: a mistake in the configuration is told at once, not after torch and DeepSpeed have loaded.
     from megatron_dept.training.setup import run
 
+    launch = launch if launch.address else discover_over_mpi(launch)
     if not run(config, launch) and launch.rank == 0:
         print(f"stopped as asked; the same command goes on from {config.run_dir / 'checkpoints'}", flush=True)
     return 0

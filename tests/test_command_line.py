@@ -310,6 +310,7 @@ def test_dry_run_prints_the_plan_and_touches_nothing(corpus, tmp_path):
     assert (outcome.code, outcome.stderr) == (0, "")
     assert (other.code, other.stdout, other.stderr) == (0, "", ""), "one rank speaks"
     assert not config.run_dir.exists()
-    assert "4 ranks = 2 silos x pipe 1 x data 2 x tensor 1" in outcome.stdout
+    assert "2 silos x pipe 1 x data 2 x tensor 1, ZeRO 1, fp32, 1 micro-batches a step" in outcome.stdout
+    assert "4 ranks;" in outcome.stdout
     for part in ("Rank map", "Memory", "glob", "trim", "spec", "spec_opt", "std", "act"):
         assert part in outcome.stdout, part

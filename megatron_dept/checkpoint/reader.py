@@ -16,7 +16,8 @@ from megatron_dept.common.errors import CheckpointError, UserError
 from megatron_dept.common.files import read_json
 from megatron_dept.config.schema import ModelConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: row-parallel weights are input-major."""
 MANIFEST = "manifest.json"
 
 

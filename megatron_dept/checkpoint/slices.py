@@ -21,10 +21,11 @@ from megatron_dept.common.segments import Segment
 
 
 def cut_by_name(prefix: str, flat: Tensor, segments: Iterable[Segment]) -> dict[str, Tensor]:
-    """The named pieces of a flat partition as {"prefix/name@start": piece}."""
+    """The named pieces of a flat partition as {"prefix/name@start": piece}; copies that another rank saves left out."""
     return {
         f"{prefix}/{segment.name}@{segment.start}": flat[segment.place].detach().cpu().contiguous()
         for segment in segments
+        if segment.primary
     }
 
 

@@ -26,6 +26,7 @@ GatherAll = Callable[[object], list[object]]
 def save_checkpoint(
     directory: Path,
     rank: int,
+    together: range,
     gather_all: GatherAll,
     tensors: Mapping[str, Tensor],
     links: Iterable[Path],
@@ -35,14 +36,16 @@ def save_checkpoint(
     """Save and commit one checkpoint. Collective: every rank calls it with its own `tensors` and `links`.
 
     Returns where: `directory`, or, where that is committed already, a neighbour that sorts after it.
+    `together`: the ranks that write into one directory; silos that are launches of their own have one each, and none
+    commits its manifest before all have written everything (two phases).
     `links`: files of the source store that this rank answers for, linked in (copied across file systems). `manifest`:
-    the same on every rank, or rank 0's counts. Raises `CheckpointError` on every rank where any rank failed; earlier
-    checkpoints are then untouched.
+    the same on every rank of them, or the first's counts. Raises `CheckpointError` on every rank where any rank
+    failed; earlier checkpoints are then untouched.
     """
-    failure, chosen = _attempt(lambda: _fresh(directory) if rank == 0 else None)
+    failure, chosen = _attempt(lambda: _fresh(directory) if rank == together[0] else None)
     answers: list[Any] = gather_all((failure, chosen))
     _agree([answer[0] for answer in answers], directory, sweep=False)
-    directory = answers[0][1]
+    directory = answers[together[0]][1]
     names: list[str] = []
 
     def write() -> None:
@@ -61,9 +64,9 @@ def save_checkpoint(
     failure, _ = _attempt(write)
     sizes = {name: (directory / name).stat().st_size for name in names} if not failure else {}
     reports: list[Any] = gather_all((failure, sizes))
-    _agree([report[0] for report in reports], directory, sweep=rank == 0)
+    _agree([report[0] for report in reports], directory, sweep=rank == together[0])
     files: dict[str, int] = {}
-    for report in reports:
+    for report in reports[together.start : together.stop]:
         files |= report[1]
     full = {"format_version": FORMAT_VERSION, **manifest, "files": files}
 
@@ -73,9 +76,9 @@ def save_checkpoint(
         flush_to_disk(directory)
         flush_to_disk(directory.parent)
 
-    failure, _ = _attempt(commit) if rank == 0 else (None, None)
-    _agree(gather_all(failure), directory, sweep=rank == 0)
-    if rank == 0:
+    failure, _ = _attempt(commit) if rank == together[0] else (None, None)
+    _agree(gather_all(failure), directory, sweep=rank == together[0])
+    if rank == together[0]:
         for old in committed(directory.parent)[:-keep_last]:
             # The manifest goes first, so that a half-removed checkpoint is none.
             (old / MANIFEST).unlink()

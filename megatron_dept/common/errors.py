@@ -6,6 +6,7 @@ anything else is a bug and keeps its traceback.
 """
 
 EXIT_USER_ERROR = 2
+REMEDY_OF_LOSS = "look at that rank's log, then start again: the run resumes from its last checkpoint"
 
 
 class UserError(Exception):
@@ -26,3 +27,11 @@ class CheckpointError(UserError):
 
 class FederationError(UserError):
     """Silos disagree, or a peer is gone."""
+
+
+class LostPeerError(FederationError):
+    """A peer is gone; `what` says how that was noticed, the message adds the remedy."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}; {REMEDY_OF_LOSS}")
+        self.what = what

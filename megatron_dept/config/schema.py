@@ -7,89 +7,12 @@ torch: `config.load` reads, `topology` places, `training.setup` builds.
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from megatron_dept.config.model import ModelConfig, Section
+from megatron_dept.config.parallel import FederationConfig, ParallelConfig
 
 Variant = Literal["glob", "trim", "spec", "spec_opt", "std", "act"]
-
-
-class Section(BaseModel):
-    """Base of all sections: immutable, and an unknown field is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
-
-
-class ModelConfig(Section):
-    """The transformer body (DEPT paper, its recipe) and the embedding's width."""
-
-    family: Literal["gpt", "llama"] = Field("gpt", description="gpt: LayerNorm, GELU, biases; llama: RMSNorm, SwiGLU")
-    num_layers: int = Field(4, gt=0)
-    hidden_size: int = Field(128, gt=0)
-    num_attention_heads: int = Field(4, gt=0)
-    num_key_value_heads: int | None = Field(None, gt=0, description="llama only: grouped-query attention")
-    ffn_hidden_size: int | None = Field(None, gt=0, description="default: 4h (gpt), 8/3 h rounded up to 64 (llama)")
-    seq_length: int = Field(128, gt=1, description="tokens a sequence, and rows of the position table")
-    position_embedding: Literal["learned", "alibi", "rope"] | None = Field(
-        None, description="default: learned (gpt), rope (llama)"
-    )
-    norm_epsilon: float = Field(1e-5, gt=0)
-    init_std: float = Field(0.02, gt=0)
-    rope_theta: float = Field(10000.0, gt=0)
-
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}; "
-                "set one to a multiple of the other"
-            )
-        if self.family == "gpt":
-            if self.num_key_value_heads not in (None, self.num_attention_heads):
-                raise ValueError("num_key_value_heads is for family llama; remove it or choose llama")
-            if self.position_embedding == "rope":
-                raise ValueError("position_embedding rope needs family llama; choose learned or alibi for gpt")
-        elif self.position_embedding in ("learned", "alibi"):
-            raise ValueError(
-                f"position_embedding {self.position_embedding} needs family gpt; set rope, or leave it out, for llama"
-            )
-        elif self.head_size % 2:
-            raise ValueError(
-                f"head size {self.head_size} (hidden_size / num_attention_heads) is odd, and rope turns pairs; "
-                "set num_attention_heads so that it is even"
-            )
-        defaults = {
-            "position_embedding": "learned" if self.family == "gpt" else "rope",
-            "num_key_value_heads": self.num_attention_heads,
-            "ffn_hidden_size": 4 * self.hidden_size
-            if self.family == "gpt"
-            else -(-8 * self.hidden_size // 3 // 64) * 64,
-        }
-        for name, value in defaults.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        if self.num_attention_heads % self.kv_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not divisible by num_key_value_heads "
-                f"{self.kv_heads}; set num_key_value_heads to a divisor"
-            )
-        return self
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_key_value_heads or self.num_attention_heads
-
-    @property
-    def ffn_size(self) -> int:
-        assert self.ffn_hidden_size is not None, "filled in by the validator"
-        return self.ffn_hidden_size
-
-    @property
-    def head_size(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def has_position_table(self) -> bool:
-        """Whether there is a learned position table (psi in the paper) beside the token table."""
-        return self.position_embedding == "learned"
 
 
 class SourceConfig(Section):
@@ -98,6 +21,9 @@ class SourceConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="used in file names and logs")
     data: Path | None = Field(None, description="dataset directory under the global tokenizer")
     own_data: Path | None = Field(None, description="dataset directory under the source's own tokenizer (spec_opt)")
+    home: int | None = Field(
+        None, ge=0, description="silo that alone trains it; where silos are separate launches its data is there only"
+    )
 
 
 class OuterConfig(Section):
@@ -135,22 +61,6 @@ class DeptConfig(Section):
     def synchronous(self) -> bool:
         """std and act train one blended stream on one silo and have no outer exchange."""
         return self.variant in ("std", "act")
-
-
-class ParallelConfig(Section):
-    """How the launch's ranks are cut: silos x pipeline x data x tensor."""
-
-    silos: int = Field(1, gt=0)
-    tensor_model_parallel_size: int = Field(1, gt=0)
-    pipeline_model_parallel_size: int = Field(1, gt=0)
-    zero_stage: Literal[0, 1, 2, 3] = 1
-
-    @model_validator(mode="after")
-    def _supported(self) -> Self:
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-            if getattr(self, name) != 1:
-                raise ValueError(f"{name} {getattr(self, name)} is not supported yet; set it to 1")
-        return self
 
 
 class OptimizerConfig(Section):
@@ -237,6 +147,7 @@ class RunConfig(Section):
     tokenizer: Path | None = Field(None, description="the global tokenizer; checked against every source's data")
     dept: DeptConfig = DeptConfig()
     parallel: ParallelConfig = ParallelConfig()
+    federation: FederationConfig = FederationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     adapt: AdaptConfig | None = None
@@ -251,7 +162,7 @@ class RunConfig(Section):
             raise ValueError(f"sources: names {names} are not distinct; give each source a name of its own")
         field = self.data_field
         for source in self.sources:
-            if getattr(source, field) is None:
+            if getattr(source, field) is None and self.is_at_home(source):
                 raise ValueError(
                     f"sources: {source.name} has no {field}, which variant {self.dept.variant} trains on; "
                     "set it to the source's dataset directory"
@@ -278,6 +189,8 @@ class RunConfig(Section):
             raise ValueError(
                 f"dept.sources_per_round {sampled} exceeds the {len(self.sources)} sources; set it to at most that"
             )
+        self._check_homes()
+        self.parallel.check_model(self.model)
         if self.training.precision == "bf16" and self.parallel.zero_stage == 0:
             raise ValueError("precision bf16 with parallel.zero_stage 0 is refused; set parallel.zero_stage: 1")
         if self.training.global_batch_size % self.training.micro_batch_size:
@@ -286,6 +199,46 @@ class RunConfig(Section):
                 f"training.micro_batch_size {self.training.micro_batch_size}; set it to a multiple"
             )
         return self
+
+    def _check_homes(self) -> None:
+        federation = self.federation
+        if federation.on_silo_loss == "continue" and self.checkpoint.save_interval_unit == "steps":
+            raise ValueError(
+                "checkpoint.save_interval_unit steps with federation.on_silo_loss continue: silos that train without "
+                "one another share no step to save at; set checkpoint.save_interval_unit: rounds"
+            )
+        silos = federation.silos or self.parallel.silos
+        homes = [source.home for source in self.sources]
+        if federation.separate:
+            if self.parallel.silos != 1:
+                raise ValueError(
+                    f"parallel.silos {self.parallel.silos}: with federation.address every launch is one silo; remove it"
+                )
+            if self.dept.synchronous:
+                raise ValueError(f"variant {self.dept.variant} trains one silo; remove federation.address")
+            if federation.silo not in homes:
+                raise ValueError(
+                    f"no source has home {federation.silo}, the silo that this launch is; give each silo a source"
+                )
+        if None in homes and (federation.separate or set(homes) != {None}):
+            nameless = [source.name for source in self.sources if source.home is None]
+            raise ValueError(
+                f"sources: {', '.join(nameless)} have no home, the others have; give each the silo it is in"
+            )
+        for source in self.sources:
+            if source.home is not None and source.home >= silos:
+                raise ValueError(f"sources: {source.name} has home {source.home}, but there are {silos} silos")
+
+    def is_at_home(self, source: SourceConfig) -> bool:
+        """Whether this launch has a source's data: every source's but where silos are separate launches."""
+        return not self.federation.separate or source.home == self.federation.silo
+
+    @property
+    def homes(self) -> dict[str, int] | None:
+        """The silo of each source, or None where a source may train on any."""
+        if self.sources[0].home is None:
+            return None
+        return {source.name: source.home for source in self.sources if source.home is not None}
 
     @property
     def data_field(self) -> Literal["data", "own_data"]:

@@ -31,6 +31,12 @@ class RowMean:
         self.counts.index_add_(0, indices, torch.ones_like(indices, dtype=torch.int32))
 
     @torch.no_grad()
+    def merge(self, indices: Tensor, sums: Tensor, counts: Tensor) -> None:
+        """Add what several sources' deltas came to elsewhere: `sums` fp32 [k, h], `counts` int32 [k] of rows `indices`."""
+        self.sums.index_add_(0, indices, sums)
+        self.counts.index_add_(0, indices, counts)
+
+    @torch.no_grad()
     def mean(self) -> tuple[Tensor, Tensor]:
         """Mean delta fp32 [n, h], zero where no source holds the row, and `held` bool [n]; the state stays as it is."""
         return self.sums / self.counts.clamp(min=1).unsqueeze(1), self.counts > 0

@@ -1,6 +1,7 @@
 """Which sources train in a round, and on which silo: pure functions every rank evaluates alike."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 
 from megatron_dept.common.seeding import seed_for
 
@@ -32,3 +33,14 @@ def assign_slots(sampled: Sequence[str], silos: int) -> tuple[tuple[str | None, 
     slots = -(-len(sampled) // silos)
     padded = [*sampled, *[None] * (slots * silos - len(sampled))]
     return tuple(tuple(padded[slot * silos : (slot + 1) * silos]) for slot in range(slots))
+
+
+def assign_home_slots(
+    sampled: Sequence[str], homes: Mapping[str, int], silos: int
+) -> tuple[tuple[str | None, ...], ...]:
+    """Lay a round's sources out as slots x silos where each trains on its home silo alone, in the order of `sampled`.
+
+    As many slots as the busiest silo has sources; a silo that has fewer idles in the last ones.
+    """
+    queues = [[name for name in sampled if homes[name] == silo] for silo in range(silos)]
+    return tuple(itertools.zip_longest(*queues))

@@ -1,4 +1,4 @@
-"""The embedding shard of the source in training: fp32 masters, an AdamW of their own, gradients reduced over the silo.
+"""The embedding shard of the source in training: fp32 masters, an AdamW of their own, gradients reduced in its silo.
 
 DeepSpeed never sees these parameters, so nothing in it is sized by a vocabulary, and the next source's embedding takes
 their place without touching the engine. Shapes: `v` rows of the source's vocabulary, `h` hidden, `L` positions.
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_dept.config.schema import OptimizerConfig
-from megatron_dept.federation.communicator import Communicator
+from megatron_dept.engine.world import World
 from megatron_dept.models.embedding import SourceEmbedding
 
 
@@ -31,24 +31,40 @@ def build_optimizer(parameters: list[torch.nn.Parameter], config: OptimizerConfi
 class EmbeddingOwner:
     """One source's embedding while its silo trains it; dropped whole when the silo turns to another source."""
 
-    def __init__(self, module: SourceEmbedding, config: OptimizerConfig, silo: Communicator) -> None:
+    def __init__(self, module: SourceEmbedding, config: OptimizerConfig, world: World) -> None:
+        """`module`: this rank's shard. Of a pipeline, the first and the last stage own one each of the same rows."""
         self.module = module
-        self._silo = silo
+        self._data, self._ends = world.data, world.ends
+        # Each row of the tables is counted once: tensor ranks hold different ones, everything else holds copies.
+        self._counts = world.first_stage and world.place.data == 0
         self._optimizer = build_optimizer(list(module.parameters()), config)
 
     @torch.no_grad()
     def reduce_gradients(self) -> float:
-        """Average the gradients over the silo's data ranks, in place; returns their squared L2 norm."""
+        """Average the gradients over the data ranks and sum a pipeline's two ends' of the tied table, in place.
+
+        Returns the squared L2 norm of what this rank counts for its silo: 0.0 where another holds the same rows.
+        Collective over the data ranks, then over the ends. Both ends are left with the same bits.
+        """
         norms = []
         for name, parameter in self.module.named_parameters():
             gradient = parameter.grad
-            assert gradient is not None, f"{name} took no part in the loss"
-            if self._silo.size > 1:
-                self._silo.all_reduce_sum(gradient, "gradient")
-                gradient.div_(self._silo.size)
+            if gradient is None:
+                assert self._ends.size > 1, f"{name} took no part in the loss"
+                gradient = parameter.grad = torch.zeros_like(parameter)
+            if self._data.size > 1:
+                self._data.all_reduce_sum(gradient, "gradient")
+                gradient.div_(self._data.size)
+            if name == "token":
+                self._ends.all_reduce_sum(gradient, "gradient")
             norms.append(torch.linalg.vector_norm(gradient))
         # Read once: on a GPU every look at a number waits for all that was asked of it.
-        return float(torch.stack(norms).double().square().sum())
+        return float(torch.stack(norms).double().square().sum()) if self._counts else 0.0
+
+    @torch.no_grad()
+    def token_square(self) -> float:
+        """Squared L2 norm of the token rows that this rank counts for its silo; 0.0 where another holds the same."""
+        return float(self.module.token.double().square().sum()) if self._counts else 0.0
 
     @torch.no_grad()
     def step(self, learning_rate: float, coefficient: float | None) -> None:

@@ -65,12 +65,14 @@ def _gpt_body(config: ModelConfig, body: Mapping[str, Tensor]) -> Iterator[tuple
         for norm, name in (("attention_norm", "ln_1"), ("mlp_norm", "ln_2")):
             yield f"{theirs}{name}.weight", body[f"{ours}{norm}.weight"]
             yield f"{theirs}{name}.bias", body[f"{ours}{norm}.bias"]
-        # GPT-2's Conv1D keeps [in, out], and all queries, then all keys, then all values.
+        # GPT-2's Conv1D keeps [in, out], as our row-parallel weights do, and all queries, then all keys, all values.
         yield f"{theirs}attn.c_attn.weight", torch.cat(split_qkv(body[f"{ours}attention.qkv.weight"], config)).t()
         yield f"{theirs}attn.c_attn.bias", torch.cat(split_qkv(body[f"{ours}attention.qkv.bias"], config))
+        yield f"{theirs}attn.c_proj.weight", body[f"{ours}attention.projection.weight"]
+        yield f"{theirs}mlp.c_fc.weight", body[f"{ours}mlp.up.weight"].t()
+        yield f"{theirs}mlp.c_proj.weight", body[f"{ours}mlp.down.weight"]
         linears = (("attention.projection", "attn.c_proj"), ("mlp.up", "mlp.c_fc"), ("mlp.down", "mlp.c_proj"))
         for linear, name in linears:
-            yield f"{theirs}{name}.weight", body[f"{ours}{linear}.weight"].t()
             yield f"{theirs}{name}.bias", body[f"{ours}{linear}.bias"]
     yield "transformer.ln_f.weight", body["final_norm.weight"]
     yield "transformer.ln_f.bias", body["final_norm.bias"]
@@ -84,7 +86,8 @@ def _llama_body(config: ModelConfig, body: Mapping[str, Tensor]) -> Iterator[tup
         qkv = split_qkv(body[f"{ours}attention.qkv.weight"], config)
         for name, rows in zip(("q_proj", "k_proj", "v_proj"), qkv, strict=True):
             yield f"{theirs}self_attn.{name}.weight", rows
-        yield f"{theirs}self_attn.o_proj.weight", body[f"{ours}attention.projection.weight"]
-        for name in ("gate", "up", "down"):
+        yield f"{theirs}self_attn.o_proj.weight", body[f"{ours}attention.projection.weight"].t()
+        for name in ("gate", "up"):
             yield f"{theirs}mlp.{name}_proj.weight", body[f"{ours}mlp.{name}.weight"]
+        yield f"{theirs}mlp.down_proj.weight", body[f"{ours}mlp.down.weight"].t()
     yield "model.norm.weight", body["final_norm.weight"]

@@ -2,25 +2,28 @@
 
 The federation's process groups are built on a store of their own and never touch torch's default group: each silo's
 DeepSpeed world stays whole and knows of no other. Every collective here names the kind of its payload for the ledger.
+`CountedCommunicator` has what all transports share: results' shapes, charges, errors; a transport moves the bytes.
 """
 
 import pickle
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dept.common.errors import FederationError
+from megatron_dept.common.errors import LostPeerError
 from megatron_dept.federation.ledger import (
     Kind,
     Ledger,
     Scope,
-    all_gather_bytes,
     all_reduce_bytes,
+    reduce_scatter_bytes,
 )
 
 NO_LIMIT = timedelta(days=365)
@@ -28,14 +31,17 @@ POLL_SECONDS = 0.005
 
 
 class Communicator(Protocol):
-    """The collectives that rounds need; `rank` and `size` are within the group."""
+    """The collectives that rounds need; `rank` and `size` are within the group, `members` are ranks of the launch."""
 
     rank: int
     size: int
+    members: tuple[int, ...]
 
     def all_to_all(self, send: Tensor, send_counts: list[int], receive_counts: list[int], kind: Kind) -> Tensor: ...
     def all_gather(self, mine: Tensor, kind: Kind) -> Tensor: ...
     def all_reduce_sum(self, value: Tensor, kind: Kind) -> None: ...
+    def all_reduce_max(self, value: Tensor, kind: Kind) -> None: ...
+    def reduce_scatter_sum(self, whole: Tensor, kind: Kind) -> Tensor: ...
     def broadcast(self, value: Tensor, source: int, kind: Kind) -> None: ...
     def all_gather_object(self, value: Any) -> list[Any]: ...
     def barrier(self) -> None: ...
@@ -47,6 +53,7 @@ class Alone:
 
     rank = 0
     size = 1
+    members: tuple[int, ...] = ()
 
     def all_to_all(self, send: Tensor, send_counts: list[int], receive_counts: list[int], kind: Kind) -> Tensor:
         return send
@@ -56,6 +63,12 @@ class Alone:
 
     def all_reduce_sum(self, value: Tensor, kind: Kind) -> None:
         return None
+
+    def all_reduce_max(self, value: Tensor, kind: Kind) -> None:
+        return None
+
+    def reduce_scatter_sum(self, whole: Tensor, kind: Kind) -> Tensor:
+        return whole
 
     def broadcast(self, value: Tensor, source: int, kind: Kind) -> None:
         return None
@@ -70,16 +83,30 @@ class Alone:
         return None
 
 
-class GroupCommunicator:
-    """Collectives over one `torch.distributed.ProcessGroup`, charged to a ledger under one scope."""
+class CountedCommunicator(ABC):
+    """The collectives of one group over some transport, charged to a ledger under one scope."""
 
-    def __init__(self, group: dist.ProcessGroup, ledger: Ledger, scope: Scope, device: torch.device) -> None:
-        self.group = group
-        self.rank = group.rank()
-        self.size = group.size()
+    failures: tuple[type[Exception], ...] = (RuntimeError,)
+    """What the transport raises when the group is broken."""
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        ledger: Ledger,
+        scope: Scope,
+        device: torch.device,
+        members: tuple[int, ...],
+        near: Collection[int],
+    ) -> None:
+        self.rank = rank
+        self.size = size
+        self.members = members
         self._ledger = ledger
-        self._scope = scope
+        self._scope: Scope = scope
         self._device = device
+        self._near = frozenset(near) - {rank}
+        assert not members or len(members) == size, f"{len(members)} members of a group of {size}"
 
     def all_to_all(self, send: Tensor, send_counts: list[int], receive_counts: list[int], kind: Kind) -> Tensor:
         """Send `send_counts[i]` leading elements (or rows) of `send`, in rank order, to rank i; return what came.
@@ -87,32 +114,46 @@ class GroupCommunicator:
         `send`: [sum(send_counts), ...], contiguous. Returns [sum(receive_counts), ...] in rank order, same dtype.
         """
         received = send.new_empty((sum(receive_counts), *send.shape[1:]))
-        self._run(self.group.alltoall_base(received, send, receive_counts, send_counts), kind)
+        with self._translated(kind):
+            self._all_to_all(received, send, receive_counts, send_counts)
         row_bytes = send.element_size() * (send[0].numel() if len(send) else 0)
-        self._ledger.add(self._scope, kind, row_bytes * (sum(send_counts) - send_counts[self.rank]))
+        self._charge_slices(kind, "all_to_all", [row_bytes * count for count in send_counts])
         return received
 
     def all_gather(self, mine: Tensor, kind: Kind) -> Tensor:
         """Concatenate equal-sized 1-d slices of all ranks: [n] -> [size * n]."""
         whole = mine.new_empty(self.size * mine.numel())
-        self._run(self.group._allgather_base(whole, mine), kind)
-        self._ledger.add(self._scope, kind, all_gather_bytes(mine.numel() * mine.element_size(), self.size))
+        with self._translated(kind):
+            self._all_gather(whole, mine)
+        self._charge_slices(kind, "all_gather", [mine.numel() * mine.element_size()] * self.size)
         return whole
 
     def all_reduce_sum(self, value: Tensor, kind: Kind) -> None:
         """Sum `value` over the ranks, in place."""
-        self._run(self.group.allreduce([value]), kind)
-        self._ledger.add(self._scope, kind, all_reduce_bytes(value.numel() * value.element_size(), self.size))
+        self._reduce(value, "sum", kind)
+
+    def all_reduce_max(self, value: Tensor, kind: Kind) -> None:
+        """The largest of the ranks' `value`s by element, in place."""
+        self._reduce(value, "max", kind)
+
+    def reduce_scatter_sum(self, whole: Tensor, kind: Kind) -> Tensor:
+        """This rank's [n] of the sum over the ranks of `whole` [size * n]."""
+        mine = whole.new_empty(whole.numel() // self.size)
+        with self._translated(kind):
+            self._reduce_scatter(mine, whole)
+        self._charge(kind, "reduce_scatter", reduce_scatter_bytes(whole.numel() * whole.element_size(), self.size))
+        return mine
 
     def broadcast(self, value: Tensor, source: int, kind: Kind) -> None:
         """Copy rank `source`'s `value` into everyone's, in place."""
         if not value.numel():
             return
-        options = dist.BroadcastOptions()
-        options.rootRank = source
-        self._run(self.group.broadcast([value], options), kind)
+        with self._translated(kind):
+            self._broadcast(value, source)
         if self.rank == source:
-            self._ledger.add(self._scope, kind, all_gather_bytes(value.numel() * value.element_size(), self.size))
+            self._charge_slices(kind, "broadcast", [value.numel() * value.element_size()] * self.size)
+        else:
+            self._ledger.note(self._scope, kind, "broadcast", self.members)
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Everyone's picklable `value`, in rank order (control traffic: counts and flags, never tensors)."""
@@ -133,25 +174,106 @@ class GroupCommunicator:
         `meanwhile` is called again and again until all have come; signals are handled between the calls.
         """
         token = torch.zeros(1, device=self._device)
-        options = dist.AllreduceOptions()
-        options.timeout = NO_LIMIT
-        work = self.group.allreduce([token], options)
-        while not work.is_completed():
+        with self._translated("control"):
+            arrival = self._start_barrier(token)
+        while not arrival.is_completed():
             meanwhile()
             time.sleep(POLL_SECONDS)
-        self._run(work, "control")
-        self._ledger.add(self._scope, "control", all_reduce_bytes(token.numel() * token.element_size(), self.size))
+        with self._translated("control"):
+            arrival.wait()
+        self._charge("control", "wait_for_all", all_reduce_bytes(token.numel() * token.element_size(), self.size))
 
-    def _run(self, work: Any, kind: Kind) -> None:
+    @abstractmethod
+    def _all_to_all(
+        self, received: Tensor, send: Tensor, receive_counts: list[int], send_counts: list[int]
+    ) -> None: ...
+
+    @abstractmethod
+    def _all_gather(self, whole: Tensor, mine: Tensor) -> None: ...
+
+    @abstractmethod
+    def _all_reduce(self, value: Tensor, how: Literal["sum", "max"]) -> None: ...
+
+    @abstractmethod
+    def _reduce_scatter(self, mine: Tensor, whole: Tensor) -> None: ...
+
+    @abstractmethod
+    def _broadcast(self, value: Tensor, source: int) -> None: ...
+
+    @abstractmethod
+    def _start_barrier(self, token: Tensor) -> Any:
+        """Begin a barrier without a time limit; returns what has `is_completed()` and a `wait()` that may raise."""
+
+    def _reduce(self, value: Tensor, how: Literal["sum", "max"], kind: Kind) -> None:
+        with self._translated(kind):
+            self._all_reduce(value, how)
+        self._charge(kind, f"all_reduce_{how}", all_reduce_bytes(value.numel() * value.element_size(), self.size))
+
+    def _charge(self, kind: Kind, operation: str, sent: int) -> None:
+        self._ledger.add(self._scope, kind, sent, operation, self.members)
+
+    def _charge_slices(self, kind: Kind, operation: str, slices: list[int]) -> None:
+        """Charge bytes by the rank they went to: those to this rank's own silo never left it."""
+        near = sum(slices[rank] for rank in self._near)
+        self._ledger.add(
+            self._scope, kind, sum(slices) - slices[self.rank] - near, operation, self.members, sent_near=near
+        )
+
+    @contextmanager
+    def _translated(self, kind: Kind) -> Iterator[None]:
         try:
-            work.wait()
-        except RuntimeError as error:
+            yield
+        except self.failures as error:
             where = "another silo" if self._scope == "federation" else "this silo"
             first = str(error).strip().splitlines()[0]
-            raise FederationError(
-                f"rank {self.rank} of {self.size} lost a peer in {where} while exchanging {kind} ({first}); "
-                "look at that rank's log, then start again: the run resumes from its last checkpoint"
+            raise LostPeerError(
+                f"rank {self.rank} of {self.size} lost a peer in {where} while exchanging {kind} ({first})"
             ) from error
+
+
+class GroupCommunicator(CountedCommunicator):
+    """Collectives over one `torch.distributed.ProcessGroup`."""
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        ledger: Ledger,
+        scope: Scope,
+        device: torch.device,
+        members: tuple[int, ...] = (),
+        near: Collection[int] = (),
+    ) -> None:
+        """`members`: the group's ranks as ranks of the launch. `near`: ranks of the group that belong to this silo.
+
+        What goes to `near` ranks is charged as the silo's in collectives that send each rank its slice.
+        """
+        super().__init__(group.rank(), group.size(), ledger, scope, device, members, near)
+        self.group = group
+
+    def _all_to_all(self, received: Tensor, send: Tensor, receive_counts: list[int], send_counts: list[int]) -> None:
+        self.group.alltoall_base(received, send, receive_counts, send_counts).wait()
+
+    def _all_gather(self, whole: Tensor, mine: Tensor) -> None:
+        self.group._allgather_base(whole, mine).wait()
+
+    def _all_reduce(self, value: Tensor, how: Literal["sum", "max"]) -> None:
+        options = dist.AllreduceOptions()
+        if how == "max":
+            options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
+        self.group.allreduce([value], options).wait()
+
+    def _reduce_scatter(self, mine: Tensor, whole: Tensor) -> None:
+        self.group._reduce_scatter_base(mine, whole, dist.ReduceScatterOptions()).wait()
+
+    def _broadcast(self, value: Tensor, source: int) -> None:
+        options = dist.BroadcastOptions()
+        options.rootRank = source
+        self.group.broadcast([value], options).wait()
+
+    def _start_barrier(self, token: Tensor) -> Any:
+        options = dist.AllreduceOptions()
+        options.timeout = NO_LIMIT
+        return self.group.allreduce([token], options)
 
 
 def join_peers(

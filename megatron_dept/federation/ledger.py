@@ -6,22 +6,56 @@ every other rank, an all-reduce 2 (n - 1) / n of its buffer (the ring's and the 
 """
 
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 Scope = Literal["federation", "silo"]
-Kind = Literal["body", "embedding", "position", "control", "evaluation", "gradient", "parameter"]
+Kind = Literal["body", "embedding", "position", "control", "evaluation", "gradient", "parameter", "activation"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
 
+@dataclass(frozen=True)
+class Traced:
+    """One collective that this rank took part in; `members`: the launch's ranks it joined (empty: not told)."""
+
+    scope: Scope
+    kind: Kind
+    operation: str
+    members: tuple[int, ...]
+
+
 class Ledger:
-    """Bytes sent by this rank, by (scope, kind), since the last `take`."""
+    """Bytes sent by this rank, by (scope, kind), since the last `take`.
+
+    `trace`: None, or a list to which every collective is appended, also those that made this rank send nothing.
+    """
 
     def __init__(self) -> None:
         self._bytes: dict[tuple[Scope, Kind], int] = defaultdict(int)
+        self.trace: list[Traced] | None = None
 
-    def add(self, scope: Scope, kind: Kind, sent: int) -> None:
-        """Charge `sent` bytes; `scope` says which link they crossed: between silos or inside one."""
+    def add(
+        self,
+        scope: Scope,
+        kind: Kind,
+        sent: int,
+        operation: str = "",
+        members: tuple[int, ...] = (),
+        sent_near: int = 0,
+    ) -> None:
+        """Charge `sent` bytes; `scope` says which link they crossed: between silos or inside one.
+
+        `sent_near`: bytes of the same collective that went to ranks of this rank's own silo.
+        """
         self._bytes[scope, kind] += sent
+        if sent_near:
+            self._bytes["silo", kind] += sent_near
+        self.note(scope, kind, operation, members)
+
+    def note(self, scope: Scope, kind: Kind, operation: str, members: tuple[int, ...]) -> None:
+        """Trace a collective without charging it."""
+        if self.trace is not None:
+            self.trace.append(Traced(scope, kind, operation, members))
 
     def take(self) -> dict[str, int]:
         """The counts as {"scope/kind": bytes}, and a fresh start from zero."""

@@ -1,11 +1,10 @@
 """The row table: a global [V, h] table whose rows are spread over the ranks of the federation.
 
-Two verbs: `gather(ids)` brings the rows asked for, `accumulate(ids, deltas)` sends row deltas to their owners, which
-`apply` averages per row over the sources that hold it. Only the rows asked for cross the wire.
-
-Rows are cut first by data coordinate, then by silo: rank (silo s, data d) of S x D owns block d * S + s. So a rank
-talks only to its peers (same d in other silos) about the ids of its d-range, and its silo shares what each brought.
-Shapes: `k` ids asked for, ascending; `h` hidden; `n` rows owned here.
+Two verbs: `gather(ids, need)` brings the rows asked for, `accumulate(ids, deltas, need)` sends row deltas to their
+owners, which `apply` averages per row over the sources that hold it. Only the rows asked for cross between silos, each
+once: a silo's embedding ranks share the fetching (`row_spread`) and hand one another what each needs.
+Shapes: `k` ids of the silo's source, ascending; [a, b) the positions among them that this rank holds (its shard of the
+source's vocabulary); `h` hidden; `n` rows owned here; `E` embedding ranks of the silo, `T` tensor ranks of it.
 """
 
 from collections.abc import Callable
@@ -17,6 +16,8 @@ from megatron_dept.dept.averaging import RowMean
 from megatron_dept.dept.outer import OuterRule, needs_momentum, outer_step_rows
 from megatron_dept.federation.communicator import Communicator
 from megatron_dept.federation.ledger import Kind
+from megatron_dept.federation.row_spread import RowSpread, overlap
+from megatron_dept.federation.row_spread import block_size as block_size
 
 
 class RowTable:
@@ -28,57 +29,69 @@ class RowTable:
     def __init__(
         self,
         kind: Kind,
-        total_rows: int,
         hidden: int,
-        peers: Communicator,
-        silo: Communicator,
+        spread: RowSpread,
+        wide: Communicator,
+        embedding: Communicator,
+        tensor: int,
         rule: OuterRule,
         initial_rows: Callable[[int, int], Tensor],
     ) -> None:
-        """`initial_rows(start, stop)` makes the rows of that id range; `silo` joins this silo's data ranks."""
+        """`initial_rows(start, stop)` makes the rows of that id range.
+
+        `wide`: the communicator that `spread` means. `embedding`: this silo's embedding ranks, data outer, tensor
+        inner; `tensor`: how many tensor ranks.
+        """
         self._kind = kind
-        self._peers = peers
-        self._silo = silo
+        self._spread = spread
+        self._wide = wide
+        self._embedding = embedding
+        self._tensor = tensor
         self._rule = rule
-        self.total_rows = total_rows
+        self._silo = spread.silo_of(wide.rank)
+        assert wide.size == spread.wide_size() and wide.rank == spread.wide_rank(self._silo, embedding.rank)
+        assert embedding.size == spread.ranks_of_silos[self._silo] and embedding.size % tensor == 0
+        self.total_rows = spread.total_rows
         self.hidden = hidden
-        self._block = block_size(total_rows, peers.size * silo.size)
-        self.first = min((silo.rank * peers.size + peers.rank) * self._block, total_rows)
-        last = min(self.first + self._block, total_rows)
-        self.rows = initial_rows(self.first, last)
+        own = spread.owned(self._silo, embedding.rank)
+        self.first = own.start
+        self.rows = initial_rows(own.start, own.stop)
         self.momentum = torch.zeros_like(self.rows) if needs_momentum(rule) else None
-        self.pending = RowMean(last - self.first, hidden)
+        self.pending = RowMean(len(own), hidden)
 
     @torch.no_grad()
-    def gather(self, ids: Tensor, kind: Kind | None = None) -> Tensor:
-        """The rows of `ids` (int64 [k], ascending, equal on all ranks of the silo): fp32 [k, h].
+    def gather(self, ids: Tensor, need: range | slice, kind: Kind | None = None) -> Tensor:
+        """The rows of `ids[need]` (`ids` int64 [k], ascending, equal on all embedding ranks): fp32 [b - a, h].
 
         Collective over silos and silo: a silo that needs none asks for none. `kind` overrides the ledger's kind.
         """
         kind = kind or self._kind
-        parts = self._cut(ids, self._silo.size, self._block * self._peers.size)
-        mine = ids[parts[self._silo.rank] : parts[self._silo.rank + 1]]
-        asked, asked_counts, own_counts = self._ask(mine)
-        answer = self.rows[asked - self.first]
-        brought = self._peers.all_to_all(answer, asked_counts, own_counts, kind)
-        if self._silo.size == 1:
-            return brought
-        whole = self.rows.new_empty(len(ids), self.hidden)
-        whole[parts[self._silo.rank] : parts[self._silo.rank + 1]] = brought
-        for rank in range(self._silo.size):
-            self._silo.broadcast(whole[parts[rank] : parts[rank + 1]], rank, kind)
-        return whole
+        parts = self._spread.fetch_parts(self._silo, ids.numpy())
+        mine = self._part(parts, self._embedding.rank)
+        asked, asked_counts, own_counts = self._ask(ids[mine.start : mine.stop])
+        brought = self._wide.all_to_all(self.rows[asked - self.first], asked_counts, own_counts, kind)
+        if self._embedding.size == 1:
+            return brought[need.start : need.stop]
+        given = [overlap(mine, other) for other in self._needs(need)]
+        coming = [len(overlap(self._part(parts, rank), need)) for rank in range(self._embedding.size)]
+        send = torch.cat([brought[piece.start - mine.start : piece.stop - mine.start] for piece in given])
+        return self._embedding.all_to_all(send, [len(piece) for piece in given], coming, kind)
 
     @torch.no_grad()
-    def accumulate(self, ids: Tensor, deltas: Tensor) -> None:
-        """Send this silo's row deltas (start - end of a local phase; fp32 [k, h]) to the rows' owners.
+    def accumulate(self, ids: Tensor, deltas: Tensor, need: range | slice) -> None:
+        """Send this silo's row deltas to the rows' owners.
 
+        `deltas`: start - end of a local phase, fp32 [b - a, h], of the rows `ids[need]`, equal on all data ranks.
         Collective; an idle silo, or one whose source is left out of the round, sends none.
         """
-        parts = self._cut(ids, self._silo.size, self._block * self._peers.size)
-        part = slice(parts[self._silo.rank], parts[self._silo.rank + 1])
-        asked, asked_counts, own_counts = self._ask(ids[part])
-        received = self._peers.all_to_all(deltas[part].contiguous(), own_counts, asked_counts, self._kind)
+        parts = self._spread.fetch_parts(self._silo, ids.numpy())
+        mine = self._part(parts, self._embedding.rank)
+        if self._embedding.size > 1:
+            deltas = self._collect(parts, deltas, need, len(ids))
+        else:
+            assert len(deltas) == len(ids), f"{len(deltas)} rows held of {len(ids)}"
+        asked, asked_counts, own_counts = self._ask(ids[mine.start : mine.stop])
+        received = self._wide.all_to_all(deltas.contiguous(), own_counts, asked_counts, self._kind)
         offset = 0
         for count in asked_counts:
             if count:
@@ -92,24 +105,43 @@ class RowTable:
         outer_step_rows(self._rule, self.rows, mean, self.momentum, held)
         self.pending.reset()
 
+    def _collect(self, parts: list[int], deltas: Tensor, need: range | slice, count: int) -> Tensor:
+        """The deltas of what this rank fetches, from the tensor ranks of its own data rank: each row moves once."""
+        mine = self._part(parts, self._embedding.rank)
+        first = self._embedding.rank // self._tensor * self._tensor
+        neighbours = range(first, first + self._tensor)
+        needs = self._needs(need)
+        held = 0
+        for rank in neighbours:
+            other = needs[rank]
+            if other.start < other.stop:
+                assert other.start == held, f"tensor ranks hold {needs[first : first + self._tensor]} of {count} rows"
+                held = other.stop
+        assert held == count, f"tensor ranks hold {held} of {count} rows"
+        send_counts, receive_counts, pieces = [0] * self._embedding.size, [0] * self._embedding.size, []
+        for rank in neighbours:
+            piece = overlap(self._part(parts, rank), need)
+            send_counts[rank] = len(piece)
+            pieces.append(deltas[piece.start - need.start : piece.stop - need.start])
+            receive_counts[rank] = len(overlap(mine, needs[rank]))
+        return self._embedding.all_to_all(torch.cat(pieces), send_counts, receive_counts, self._kind)
+
+    def _needs(self, need: range | slice) -> list[range]:
+        """What every embedding rank of the silo holds."""
+        told = self._embedding.all_gather(torch.tensor([need.start, need.stop]), "control").view(-1, 2).tolist()
+        return [range(start, stop) for start, stop in told]
+
     def _ask(self, ids: Tensor) -> tuple[Tensor, list[int], list[int]]:
-        """Tell each owner which of its rows are meant: (ids asked of me, how many by each peer, how many of each)."""
-        edges = self._cut(ids, self._peers.size, self._block, start=self._silo.rank * self._peers.size)
-        own_counts = [edges[i + 1] - edges[i] for i in range(self._peers.size)]
-        if self._peers.size == 1:
+        """Tell each owner which of its rows are meant: (ids asked of me, how many by each rank, how many of each)."""
+        edges = self._spread.owner_parts(self._embedding.rank, ids.numpy())
+        own_counts = [edges[i + 1] - edges[i] for i in range(self._wide.size)]
+        if self._wide.size == 1:
             return ids, own_counts, own_counts
-        ones = [1] * self._peers.size
-        asked_counts = self._peers.all_to_all(torch.tensor(own_counts), ones, ones, "control").tolist()
-        asked = self._peers.all_to_all(ids.to(torch.int32), own_counts, asked_counts, "control")
+        ones = [1] * self._wide.size
+        asked_counts = self._wide.all_to_all(torch.tensor(own_counts), ones, ones, "control").tolist()
+        asked = self._wide.all_to_all(ids.to(torch.int32), own_counts, asked_counts, "control")
         return asked.to(torch.int64), asked_counts, own_counts
 
     @staticmethod
-    def _cut(ids: Tensor, pieces: int, width: int, start: int = 0) -> list[int]:
-        """Where in ascending `ids` each range [(start + i) * width, (start + i + 1) * width) begins and ends."""
-        bounds = torch.arange(start, start + pieces + 1) * width
-        return torch.searchsorted(ids, bounds).tolist()
-
-
-def block_size(total_rows: int, owners: int) -> int:
-    """Rows of one owner's block; the last blocks may be cut short or empty."""
-    return -(-total_rows // owners)
+    def _part(parts: list[int], rank: int) -> range:
+        return range(parts[rank], parts[rank + 1])

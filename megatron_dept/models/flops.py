@@ -26,8 +26,17 @@ def flops_per_token(config: ModelConfig, vocabulary: int) -> int:
     attention's two products, counted over the whole sequence although the causal half would do. Look-ups, norms,
     activations, biases and recomputation under activation checkpointing are not counted.
     """
-    matrices = config.num_layers * _matrices_per_layer(config) + vocabulary * config.hidden_size
-    return 6 * matrices + 12 * config.num_layers * config.hidden_size * config.seq_length
+    return config.num_layers * layer_flops_per_token(config) + head_flops_per_token(config, vocabulary)
+
+
+def layer_flops_per_token(config: ModelConfig) -> int:
+    """One layer's part of `flops_per_token`."""
+    return 6 * _matrices_per_layer(config) + 12 * config.hidden_size * config.seq_length
+
+
+def head_flops_per_token(config: ModelConfig, vocabulary: int) -> int:
+    """The tied head's part of `flops_per_token`."""
+    return 6 * vocabulary * config.hidden_size
 
 
 def _qkv_rows(config: ModelConfig) -> int:

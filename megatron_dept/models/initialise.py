@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megatron_dept.common.seeding import generator_for
 from megatron_dept.config.schema import ModelConfig
 from megatron_dept.models.tags import tag
+from megatron_dept.tensor_parallel.shards import shard_of, take
 
 ROWS_PER_BLOCK = 1024
 # Projections that end a residual branch: two of them a layer.
@@ -22,7 +23,8 @@ def initialise_body(body: nn.Module, config: ModelConfig, seed: int, prefix: str
     """Fill `body`'s fp32 parameters in place and tag them `body`; `prefix` goes before names, where body is a part.
 
     GPT-2's and Megatron's rule: weights N(0, init_std), those that end a residual branch N(0, init_std /
-    sqrt(2 num_layers)), biases 0, norms 1. Each weight's generator is seeded by (seed, "body", its name).
+    sqrt(2 num_layers)), biases 0, norms 1. Each weight's generator is seeded by (seed, "body", its name) and draws the
+    whole weight, of which a tensor rank keeps its shard.
     """
     with torch.no_grad():
         for name, parameter in body.named_parameters():
@@ -36,7 +38,8 @@ def initialise_body(body: nn.Module, config: ModelConfig, seed: int, prefix: str
                 if name.endswith(_RESIDUAL_OUTPUTS):
                     std /= math.sqrt(2 * config.num_layers)
                 generator = generator_for(seed, "body", prefix + name)
-                parameter.copy_(_normal(generator, tuple(parameter.shape), std))
+                shard = shard_of(parameter)
+                parameter.copy_(take(_normal(generator, shard.shape, std), shard))
 
 
 def init_rows(start: int, stop: int, hidden: int, std: float, *seed_parts: str | int) -> Tensor:

@@ -31,16 +31,17 @@ def alibi_slopes(heads: int) -> list[float]:
     return slopes + [2.0 ** (-4.0 * (2 * head + 1) / below) for head in range(heads - below)]
 
 
-def alibi_bias(heads: int, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def alibi_bias(slopes: list[float], length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Bias [1, a, s, s] to add to the attention scores: -slope * (i - j) for keys j <= query i, -inf for later keys.
 
+    `slopes` of the a heads that are here.
     Made in fp32 from the distance, not from the key's index alone: that would round the near distances, the ones that
     count, in bf16.
     """
     steps = torch.arange(length, device=device, dtype=torch.float32)
     distance = steps[:, None] - steps[None, :]
-    slopes = torch.tensor(alibi_slopes(heads), device=device, dtype=torch.float32)
-    bias = distance * -slopes[:, None, None]
+    factors = torch.tensor(slopes, device=device, dtype=torch.float32)
+    bias = distance * -factors[:, None, None]
     return bias.masked_fill_(distance < 0, -math.inf).to(dtype)[None]
 
 
@@ -65,17 +66,19 @@ def rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 class PositionCache:
     """Keeps the positions of the last (length, device, dtype), so that a step does not make them again.
 
-    A plain attribute of one body, never shared: no module-level state, no buffer, nothing in a state dict.
+    A plain attribute of one body, never shared: no module-level state, no buffer, nothing in a state dict. Hidden
+    states are one of `split` equal parts of the sequences that positions are made for.
     """
 
-    def __init__(self, make: Callable[[int, torch.device, torch.dtype], Positions]) -> None:
+    def __init__(self, make: Callable[[int, torch.device, torch.dtype], Positions], split: int = 1) -> None:
         self._make = make
+        self._split = split
         self._key: tuple[int, torch.device, torch.dtype] | None = None
         self._value = Positions()
 
     def __call__(self, hidden: Tensor) -> Positions:
-        """Positions for `hidden` [b, s, h]."""
-        key = (hidden.shape[1], hidden.device, hidden.dtype)
+        """Positions for `hidden` [b, s / split, h]."""
+        key = (hidden.shape[1] * self._split, hidden.device, hidden.dtype)
         if key != self._key:
             # A tensor made in inference mode could not be saved for a later backward.
             with torch.inference_mode(False), torch.no_grad():

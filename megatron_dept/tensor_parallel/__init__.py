@@ -1,1 +1,1 @@
-"""Layers and vocabularies split over the tensor-parallel ranks of a silo."""
+"""Layers and functions cut over a silo's tensor ranks."""

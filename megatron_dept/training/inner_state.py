@@ -39,7 +39,9 @@ class InnerState:
             return
         state, leads = self._shards.optimizer_state(), self._world.leads_silo
         tensors = inner_tensors(f"source/{name}", state, self._shards.segments, leads)
-        self._store.save(name, f"inner-{self._world.place.data}", round + 1, tensors)
+        self._store.save(
+            name, f"inner-{self._world.rank - self._world.layout.offset(self._world.place.silo)}", round + 1, tensors
+        )
 
 
 def inner_tensors(prefix: str, state: dict[str, Tensor], segments: list[Segment], leads: bool) -> dict[str, Tensor]:

@@ -1,92 +1,29 @@
 """The plan of a run, worked out before anything is allocated: what `--dry-run` prints.
 
 Layout and rank map, parameters by part, memory of a rank by part, bytes of a round by kind for every variant that the
-configured datasets allow. Figures of memory are what is allocated for weights, optimizers and exchange; activations are
-an upper estimate, and the Python process itself is not counted.
+configured datasets allow. Figures of memory are of tensors (`planning.memory`); the Python process itself, and what
+DeepSpeed allocates to communicate, are not counted.
 """
 
-import math
-from dataclasses import asdict, dataclass
+import itertools
+from dataclasses import asdict
 from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
 
 from megatron_dept.common.errors import ConfigError, UserError
-from megatron_dept.config.schema import ModelConfig, RunConfig, Variant
+from megatron_dept.config.schema import RunConfig, Variant
 from megatron_dept.dept.sampling import sample_sources
 from megatron_dept.dept.variants import VARIANTS
-from megatron_dept.federation.body_exchange import share_size
-from megatron_dept.federation.row_table import block_size
-from megatron_dept.models.build import body_shapes
-from megatron_dept.models.flops import body_parameters
-from megatron_dept.topology.layout import Layout, accumulation_steps
+from megatron_dept.models.flops import body_parameters, head_flops_per_token, layer_flops_per_token
+from megatron_dept.models.pipeline import stage_layers
+from megatron_dept.topology.layout import Layout, SiloShape, accumulation_steps
+from megatron_dept.training.partitions import silo_parts
+from megatron_dept.training.planning.cut import Cut
+from megatron_dept.training.planning.memory import memory_of_rank
 from megatron_dept.training.sources import SourceSet
-from megatron_dept.training.traffic_plan import FP32_BYTES, TrafficPlan
-
-ALIGNMENT = 2
-"""ZeRO 1 and 2 pad the flat body to this many elements a data rank (DeepSpeed's nccl_start_alignment_factor)."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one rank, by part."""
-
-    body_weights: int
-    body_gradients: int
-    body_optimizer: int
-    outer_step: int
-    embedding: int
-    row_tables: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return sum(asdict(self).values())
-
-
-def partition_sizes(model: ModelConfig, zero_stage: int, data: int) -> list[int]:
-    """Elements of each data rank's fp32 partition of the body, padding included."""
-    if zero_stage == 3:
-        each = sum(-(-math.prod(shape) // data) for shape in body_shapes(model).values())
-    else:
-        elements, step = body_parameters(model), data * (ALIGNMENT if zero_stage else 1)
-        each = -(-elements // step) * step // data
-    return [each] * data
-
-
-def memory_of_rank(config: RunConfig, layout: Layout, variant: Variant, rows: int, vocab_size: int) -> Memory:
-    """Memory of a rank that trains a source of `rows` embedding rows; `vocab_size`: rows of the global table."""
-    model, stage, rule = config.model, config.parallel.zero_stage, VARIANTS[variant]
-    elements, part = body_parameters(model), partition_sizes(model, stage, layout.data)[0]
-    low = 2 if config.training.precision == "bf16" else FP32_BYTES
-    moments = 2 if config.optimizer.optimizer == "adamw" else 0
-    masters = 0 if stage == 0 else part * FP32_BYTES
-    state = moments * FP32_BYTES * (elements if stage == 0 else part)
-    silos = layout.silos
-    momentum = rule.averages_body and config.dept.outer.momentum > 0
-    outer = 0
-    if rule.averages_body:
-        # The round's start, the summed delta, and the momentum of this silo's share.
-        outer = FP32_BYTES * (part + silos * share_size(part, silos) + (share_size(part, silos) if momentum else 0))
-    positions = model.seq_length if model.has_position_table else 0
-    table = (rows + positions) * model.hidden_size * FP32_BYTES
-    shared = rule.token_rows == "shared"
-    owned = block_size(vocab_size, silos * layout.data) + block_size(max(positions, 1), silos * layout.data)
-    tokens = config.training.micro_batch_size * model.seq_length
-    layer_values = 34 * model.hidden_size + 2 * model.ffn_size
-    kept = tokens * model.hidden_size * model.num_layers if config.training.activation_checkpointing else 0
-    layers = 1 if config.training.activation_checkpointing else model.num_layers
-    logits = min(config.training.loss_chunk_tokens, tokens) * rows * FP32_BYTES
-    return Memory(
-        body_weights=low * (part if stage == 3 else elements) + masters,
-        body_gradients=low * (part if stage >= 2 else elements),
-        body_optimizer=state,
-        outer_step=outer,
-        embedding=table * (2 + moments + (1 if shared else 0)),
-        row_tables=owned * model.hidden_size * FP32_BYTES * (3 if momentum else 2) if shared else 0,
-        activations=low * (tokens * layer_values * layers + kept) + logits,
-    )
+from megatron_dept.training.traffic_plan import FP32_BYTES, TrafficPlan, itemised_body_bytes
 
 
 def build_plan(config: RunConfig, ranks: int, sources: SourceSet | None = None) -> dict[str, Any]:
@@ -96,23 +33,36 @@ def build_plan(config: RunConfig, ranks: int, sources: SourceSet | None = None) 
     whose datasets are there, and why it is not of the others.
     """
     layout = Layout.cut(config.parallel, ranks)
-    accumulation = accumulation_steps(config.training.global_batch_size, config.training.micro_batch_size, layout.data)
-    partitions = partition_sizes(config.model, config.parallel.zero_stage, layout.data)
+    if config.federation.silos is not None:
+        # Of the other launches nothing is known before they meet: they are planned like this one.
+        layout = Layout(layout.shapes * config.federation.silos)
+    training = config.training
+    accumulation = [
+        accumulation_steps(training.global_batch_size, training.micro_batch_size, shape.data) for shape in layout.shapes
+    ]
     variants: dict[str, Any] = {}
     unavailable: dict[str, str] = {}
     for variant in get_args(Variant) if sources is None else (config.dept.variant,):
         try:
-            variants[variant] = _variant(config, layout, variant, partitions, sources)
+            variants[variant] = _variant(config, layout, variant, sources)
         except UserError as error:
             if variant == config.dept.variant:
                 raise
             unavailable[variant] = str(error)
+    chosen = variants[config.dept.variant]
     return {
-        "layout": {**asdict(layout), "ranks": ranks, "gradient_accumulation_steps": accumulation},
+        "layout": {
+            "silos": layout.silos,
+            "ranks": ranks,
+            "shapes": [
+                {**asdict(shape), "gradient_accumulation_steps": steps}
+                for shape, steps in zip(layout.shapes, accumulation, strict=True)
+            ],
+        },
         "rank_map": [asdict(layout.coordinate(rank)) for rank in range(ranks)],
+        "stages": chosen["stages"],
         "body_parameters": body_parameters(config.model),
         "position_parameters": config.model.has_position_table * config.model.seq_length * config.model.hidden_size,
-        "body_partition": {"elements": partitions[0], "padding": sum(partitions) - body_parameters(config.model)},
         "total_steps": config.total_steps,
         "variant": config.dept.variant,
         "variants": variants,
@@ -125,42 +75,42 @@ def print_plan(config: RunConfig, ranks: int) -> None:
     plan = build_plan(config, ranks)
     console = Console(width=120, soft_wrap=False)
     layout = plan["layout"]
+    for shape, silos in _grouped(layout["shapes"]):
+        console.print(
+            f"{silos} silos x pipe {shape['pipe']} x data {shape['data']} x tensor {shape['tensor']}, "
+            f"ZeRO {shape['zero_stage']}, {config.training.precision}, "
+            f"{shape['gradient_accumulation_steps']} micro-batches a step"
+        )
     console.print(
-        f"{ranks} ranks = {layout['silos']} silos x pipe {layout['pipe']} x data {layout['data']} x tensor "
-        f"{layout['tensor']}, ZeRO {config.parallel.zero_stage}, {config.training.precision}, "
-        f"{layout['gradient_accumulation_steps']} micro-batches a step"
-    )
-    console.print(
-        f"{config.dept.rounds} rounds x {config.dept.n_local} inner steps = {plan['total_steps']} sequential steps; "
-        f"{config.training.global_batch_size} sequences x {config.model.seq_length} tokens a silo and step"
+        f"{ranks} ranks; {config.dept.rounds} rounds x {config.dept.n_local} inner steps = {plan['total_steps']} "
+        f"sequential steps; {config.training.global_batch_size} sequences x {config.model.seq_length} tokens a silo "
+        "and step"
     )
     ranks_table = Table("rank", "silo", "pipe", "data", "tensor", title="Rank map")
     for rank, place in enumerate(plan["rank_map"]):
         ranks_table.add_row(str(rank), *(str(place[axis]) for axis in ("silo", "pipe", "data", "tensor")))
     console.print(ranks_table)
-    padding = plan["body_partition"]["padding"]
-    console.print(
-        f"body {plan['body_parameters']:,} parameters, positions {plan['position_parameters']:,}; "
-        f"a rank's partition of the body {plan['body_partition']['elements']:,} "
-        f"(padding of all: {padding:,})"
-    )
+    if any(len(stages) > 1 for stages in plan["stages"]):
+        console.print(_stages_table(plan))
+    console.print(f"body {plan['body_parameters']:,} parameters, positions {plan['position_parameters']:,}")
     console.print(_variants_table(plan))
     console.print(_memory_table(plan))
     for variant, reason in plan["unavailable"].items():
         console.print(f"{variant} is not planned: {reason}", markup=False)
 
 
-def _variant(
-    config: RunConfig, layout: Layout, variant: Variant, partitions: list[int], sources: SourceSet | None
-) -> dict[str, Any]:
+def _variant(config: RunConfig, layout: Layout, variant: Variant, sources: SourceSet | None) -> dict[str, Any]:
     """One variant on the same ranks (std and act: as one silo); `UserError` where its datasets are not there."""
     parallel = config.parallel
-    if VARIANTS[variant].synchronous:
+    if VARIANTS[variant].synchronous and layout.silos > 1:
+        if parallel.shapes is not None:
+            raise ConfigError("parallel.shapes are silos of different shapes, and std and act train one; remove them")
         parallel = parallel.model_copy(update={"silos": 1})
         layout = Layout.cut(parallel, layout.world_size)
-        partitions = partition_sizes(config.model, parallel.zero_stage, layout.data)
     same = config.model_copy(update={"dept": config.dept.model_copy(update={"variant": variant}), "parallel": parallel})
-    missing = [source.name for source in same.sources if getattr(source, same.data_field) is None]
+    missing = [
+        source.name for source in same.sources if same.is_at_home(source) and getattr(source, same.data_field) is None
+    ]
     if missing:
         raise ConfigError(f"sources: {', '.join(missing)} have no {same.data_field}, which variant {variant} trains on")
     sources = sources or SourceSet(same)
@@ -170,8 +120,19 @@ def _variant(
     sampled = sources.trained
     if not VARIANTS[variant].synchronous:
         sampled = sample_sources(config.seed, 0, sources.trained, config.dept.sources_per_round or len(sources.trained))
-    traffic = TrafficPlan(same, layout, sources, partitions)
-    memory = memory_of_rank(same, layout, variant, largest, vocab_size)
+    parts = [part for shape in layout.shapes for part in silo_parts(same, shape, largest)]
+    itemised = itemised_body_bytes(layout, parts) if VARIANTS[variant].averages_body else {}
+    silo, body_bytes = config.federation.silo, sum(itemised.values())
+    if silo is not None:
+        body_bytes //= layout.silos
+    traffic = TrafficPlan(same, layout, sources, body_bytes, silo)
+    first = parts[: layout.shapes[0].size]
+    momentum = VARIANTS[variant].averages_body and config.dept.outer.momentum > 0
+    cut = _cut(same, layout)
+    memory = max(
+        (memory_of_rank(config.model, cut, variant, largest, vocab_size, stage, momentum) for stage in range(cut.pipe)),
+        key=lambda each: each.device,
+    )
     body = body_parameters(config.model)
     rows = largest + (config.model.seq_length if config.model.has_position_table else 0)
     return {
@@ -180,20 +141,52 @@ def _variant(
         "first_round_sources": list(sampled),
         "bytes_first_round": traffic.round_bytes(sampled),
         "gradient_bytes_first_round": _gradient_bytes(
-            same, layout, body, rows * config.model.hidden_size, len(sampled)
+            same, layout.shapes[0], body, rows * config.model.hidden_size, len(sampled)
         ),
-        "body_bytes_itemised": traffic.itemised_body_bytes(body) if VARIANTS[variant].averages_body else {},
-        "memory": {**asdict(memory), "total": memory.total},
+        "body_bytes_itemised": itemised,
+        "body_partition": {"elements": max(part.partition for part in first)},
+        "stages": [_stages(same, shape, largest) for shape in layout.shapes],
+        "memory": {**asdict(memory), "device": memory.device},
     }
 
 
-def _gradient_bytes(config: RunConfig, layout: Layout, body: int, embedding: int, sources: int) -> int:
+def _cut(config: RunConfig, layout: Layout) -> Cut:
+    """The first silo's, as the planning formulas want it."""
+    shape, training = layout.shapes[0], config.training
+    return Cut(
+        silos=layout.silos,
+        pipe=shape.pipe,
+        data=shape.data,
+        tensor=shape.tensor,
+        zero_stage=shape.zero_stage,
+        precision=training.precision,
+        sequence_parallel=config.parallel.sequence_parallel and shape.tensor > 1,
+        activation_checkpointing=training.activation_checkpointing,
+        micro_batch=training.micro_batch_size,
+        global_batch=training.global_batch_size,
+        loss_chunk_tokens=training.loss_chunk_tokens,
+        optimizer_moments=2 if config.optimizer.optimizer == "adamw" else 0,
+    )
+
+
+def _stages(config: RunConfig, shape: SiloShape, vocabulary: int) -> list[dict[str, Any]]:
+    """Each pipeline stage's layers, and its share of the operations, the head of the largest vocabulary included."""
+    cuts = stage_layers(config.model, shape.pipe, vocabulary)
+    layer, head = layer_flops_per_token(config.model), head_flops_per_token(config.model, vocabulary)
+    loads = [len(layers) * layer + (head if layers is cuts[-1] else 0) for layers in cuts]
+    return [
+        {"first_layer": layers.start, "layers": len(layers), "share_of_operations": round(load / sum(loads), 4)}
+        for layers, load in zip(cuts, loads, strict=True)
+    ]
+
+
+def _gradient_bytes(config: RunConfig, shape: SiloShape, body: int, embedding: int, sources: int) -> int:
     """Leading term of what data ranks reduce within silos in a round: 2 (D - 1) / D of every gradient, every step.
 
     The body's gradient travels in the compute dtype, the embedding's in fp32.
     """
     width = 2 if config.training.precision == "bf16" else FP32_BYTES
-    return 2 * (layout.data - 1) * (body * width + embedding * FP32_BYTES) * config.dept.n_local * sources
+    return 2 * (shape.data - 1) * (body * width + embedding * FP32_BYTES) * config.dept.n_local * sources
 
 
 def _variants_table(plan: dict[str, Any]) -> Table:
@@ -202,7 +195,7 @@ def _variants_table(plan: dict[str, Any]) -> Table:
         "rows, largest source",
         "parameters",
         "body",
-        "formula + padding of partitions + of shares",
+        "formula + copies + padding of partitions + of shares",
         "embedding",
         "position",
         "gradients",
@@ -226,9 +219,26 @@ def _variants_table(plan: dict[str, Any]) -> Table:
     return table
 
 
+def _stages_table(plan: dict[str, Any]) -> Table:
+    table = Table("silo", "stage", "layers", "share of operations", title="Pipeline stages (the last has the head)")
+    for silo, stages in enumerate(plan["stages"]):
+        if stages == plan["stages"][0] and silo:
+            continue
+        for stage, entry in enumerate(stages):
+            first, count = entry["first_layer"], entry["layers"]
+            layers = f"{first} to {first + count - 1}" if count else "none"
+            table.add_row(str(silo), str(stage), layers, f"{entry['share_of_operations']:.1%}")
+    return table
+
+
+def _grouped(shapes: list[dict[str, int]]) -> list[tuple[dict[str, int], int]]:
+    """Shapes in order, each with how many silos in a row have it."""
+    return [(shape, len(list(same))) for shape, same in itertools.groupby(shapes)]
+
+
 def _memory_table(plan: dict[str, Any]) -> Table:
     parts = list(next(iter(plan["variants"].values()))["memory"])
-    table = Table("MB a rank", *(part.replace("_", " ") for part in parts), title="Memory")
+    table = Table("MB a rank", *(part.replace("_", " ") for part in parts), title="Memory of the fullest rank")
     for variant, entry in plan["variants"].items():
         table.add_row(variant, *(f"{entry['memory'][part] / 1e6:,.1f}" for part in parts))
     return table

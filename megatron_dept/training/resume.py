@@ -1,15 +1,11 @@
 """Where a run goes on from: its newest checkpoint, checked to be whole and its own before any rank meets another."""
 
-import hashlib
 from collections.abc import Iterator
 from typing import Any
-
-import numpy as np
 
 from megatron_dept.checkpoint.reader import Checkpoint, committed
 from megatron_dept.common.errors import CheckpointError
 from megatron_dept.config.schema import RunConfig
-from megatron_dept.data.directory import DatasetDirectory
 from megatron_dept.training.sources import SourceSet
 
 # What a resumed run must share with its checkpoint: all that its numbers depend on, but not the layout.
@@ -18,15 +14,15 @@ SHARED_DEPT = ("variant", "rounds", "n_local", "sources_per_round", "inner_state
 SHARED_TRAINING = ("global_batch_size", "precision")
 
 
-def resume_point(config: RunConfig, sources: SourceSet) -> Checkpoint | None:
-    """The newest checkpoint in `config.run_dir`; None where the run has none yet.
+def resume_point(config: RunConfig, sources: SourceSet, name: str | None = None) -> Checkpoint | None:
+    """The newest checkpoint in `config.run_dir`, or the one called `name`; None where the run has none yet.
 
     No collective: every rank finds the same mistake by itself, and none is left waiting for another that has. Raises
     `CheckpointError` where the checkpoint is damaged, or naming the first field in which it is another run's.
     """
     if not committed(config.run_dir / "checkpoints"):
         return None
-    checkpoint = Checkpoint.open(config.run_dir)
+    checkpoint = Checkpoint.open(config.run_dir / "checkpoints" / name if name is not None else config.run_dir)
     checkpoint.index.paths("")  # reads every file's header: damage is found here, not when ranks wait for one another
     for field, before, after in _differences(checkpoint, config, sources):
         raise CheckpointError(
@@ -34,18 +30,6 @@ def resume_point(config: RunConfig, sources: SourceSet) -> Checkpoint | None:
             "set it back, or choose another run_dir for a new run"
         )
     return checkpoint
-
-
-def fingerprint(directory: DatasetDirectory) -> str:
-    """SHA-256 of the tokenizer that a dataset was made with."""
-    return str(directory.card["tokenizer"]["fingerprint"])
-
-
-def text_fingerprint(directory: DatasetDirectory) -> str:
-    """What tells one training text from another under the same tokenizer: its size and how often each id occurs."""
-    size = directory.card["splits"]["train"]
-    digest = hashlib.blake2b(np.ascontiguousarray(directory.token_counts).tobytes(), digest_size=8).hexdigest()
-    return f"{size['documents']} documents, {size['tokens']} tokens, counts {digest}"
 
 
 def _differences(checkpoint: Checkpoint, config: RunConfig, sources: SourceSet) -> Iterator[tuple[str, Any, Any]]:
@@ -56,13 +40,17 @@ def _differences(checkpoint: Checkpoint, config: RunConfig, sources: SourceSet) 
         for field in fields:
             yield from _leaves(f"{prefix}.{field}" if prefix else field, before.get(field), after.get(field))
     known = checkpoint.manifest["sources"]
+    before_names, now_names = checkpoint.manifest["all_sources"], list(sources.names)
+    if sorted(before_names) != sorted(now_names):
+        yield "sources", ", ".join(before_names), ", ".join(now_names)
     if known.keys() != sources.directories.keys():
-        yield "sources", ", ".join(known), ", ".join(sources.directories)
-    for name, directory in sources.directories.items():
-        before, after = known[name]["tokenizer_fingerprint"], fingerprint(directory)
+        yield "sources at home", ", ".join(known), ", ".join(sources.directories)
+    for name in sources.directories:
+        card = sources.cards[name]
+        before, after = known[name]["tokenizer_fingerprint"], card.tokenizer_fingerprint
         if before != after:
             yield f"source {name} under tokenizer", before[:12], after[:12]
-        before, after = known[name]["text_fingerprint"], text_fingerprint(directory)
+        before, after = known[name]["text_fingerprint"], card.text_fingerprint
         if before != after:
             yield f"source {name} of text", before, after
 

@@ -4,36 +4,40 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from megatron_dept.checkpoint.reader import Checkpoint
 from megatron_dept.checkpoint.store import SourceStore
 from megatron_dept.common.cli import explain_refusal
-from megatron_dept.common.errors import CheckpointError, ConfigError, FederationError, UserError
+from megatron_dept.common.errors import CheckpointError, ConfigError, FederationError, LostPeerError, UserError
 from megatron_dept.common.files import atomic_write, write_json
 from megatron_dept.config.load import dump_config
 from megatron_dept.config.schema import LoggingConfig, RunConfig
 from megatron_dept.dept.outer import OuterRule
 from megatron_dept.dept.variants import VARIANTS
-from megatron_dept.engine.silo_engine import SiloEngine
-from megatron_dept.engine.world import World, start_world
-from megatron_dept.federation.body_exchange import BodyExchange
+from megatron_dept.engine.build import build_engine
+from megatron_dept.engine.world import World, start_world, torchrun_serves
+from megatron_dept.federation.exchange import Exchange
 from megatron_dept.models.build import build_body
 from megatron_dept.topology.launch import Launch
 from megatron_dept.topology.layout import Layout, accumulation_steps
+from megatron_dept.training.elastic import Elastic, own_exchange
 from megatron_dept.training.embeddings import EmbeddingBroker
 from megatron_dept.training.inner_state import InnerState
+from megatron_dept.training.joining import ElasticJoin, join_elastic, join_federation, serves_meeting
 from megatron_dept.training.metrics import Metrics
+from megatron_dept.training.parts import body_part, build_exchange
 from megatron_dept.training.plan import build_plan
 from megatron_dept.training.progress_state import RunProgress
-from megatron_dept.training.resume import fingerprint, resume_point
-from megatron_dept.training.signals import FailureWatch, StopRequest
+from megatron_dept.training.resume import resume_point
+from megatron_dept.training.signals import StopRequest
 from megatron_dept.training.sources import SourceSet
 from megatron_dept.training.state import RunState
 from megatron_dept.training.trainer import Trainer
+from megatron_dept.training.watch import FailureWatch, Roster
 
 
 def run(config: RunConfig, launch: Launch) -> bool:
@@ -41,25 +45,36 @@ def run(config: RunConfig, launch: Launch) -> bool:
 
     Raises `UserError`s for what the user can mend, before anything is written where it can be known before.
     """
-    layout = Layout.cut(config.parallel, launch.world_size)
-    accumulation_steps(config.training.global_batch_size, config.training.micro_batch_size, layout.data)
+    own = Layout.cut(config.parallel, launch.world_size)
+    for shape in own.shapes:
+        accumulation_steps(config.training.global_batch_size, config.training.micro_batch_size, shape.data)
     _check_monitors(config.logging)
     sources = SourceSet(config)
     resume_from = resume_point(config, sources)
     start_from = _adapt_start(config, sources) if resume_from is None else None
     plan = build_plan(config, launch.world_size, sources) if launch.rank == 0 else None
     set_threads(config, launch)
-    world = start_world(launch, layout, config.training.timeout_seconds)
-    watch = FailureWatch(world.store, launch.rank)
-    try:
-        with _failures_told(config, watch):
-            trainer = build_trainer(config, world, sources, start_from, resume_from)
-            if plan is not None:
-                write_json(config.run_dir / "plan.json", plan)
-            finished = trainer.run()
-            world.barrier()
-    finally:
-        watch.close()
+    joined: ElasticJoin | None = None
+    if config.federation.on_silo_loss == "continue":
+        round = resume_from.manifest["progress"]["round"] if resume_from is not None else 0
+        joined = join_elastic(config, launch, own.shapes[0], sources, round)
+        world = start_world(launch, own, config.training.timeout_seconds)
+        world = replace(world, meeting=joined.store)
+    elif config.federation.separate:
+        layout, meeting, common = join_federation(config, launch, own.shapes[0], sources)
+        resume_from = resume_point(config, sources, common) if common is not None else None
+        world = start_world(launch, layout, config.training.timeout_seconds, meeting)
+    else:
+        world = start_world(launch, own, config.training.timeout_seconds, backend=config.federation.backend)
+    watch = FailureWatch(world.shared_store, _roster(config, world, joined))
+    with _failures_told(config, watch):
+        trainer = build_trainer(config, world, sources, start_from, resume_from, joined, watch)
+        if plan is not None:
+            write_json(config.run_dir / "plan.json", plan)
+        finished = trainer.run()
+        world.barrier()
+        trainer.leave(finished)
+    watch.close()
     # Only after success: to leave a group whose peers have failed can take as long as they.
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -68,27 +83,46 @@ def run(config: RunConfig, launch: Launch) -> bool:
 
 @contextmanager
 def _failures_told(config: RunConfig, watch: FailureWatch) -> Iterator[None]:
-    """Tell the other ranks of a failure, and say what the libraries' errors mean."""
+    """Tell the other ranks of a failure, learn which rank it was of theirs, and say what the libraries' errors mean."""
     try:
         try:
             yield
         except Exception as error:
-            watch.tell(" ".join(str(error).split())[:300])
-            raise
+            noticed = _lost_peer(error)
+            if noticed is None:
+                watch.tell(" ".join(str(error).split())[:300])
+                raise
+            raise FederationError(watch.explain(noticed)) from error
     except OSError as error:
         refusal = explain_refusal(error)
         if error.filename is not None or refusal is None:
             raise
         # A write to an open file that is refused knows no name: logs, then, all of which are in one place.
         raise UserError(f"cannot write in {config.run_dir}: {refusal}") from error
-    except RuntimeError as error:
-        # Our own collectives say so themselves; these are DeepSpeed's, at start-up and inside a silo.
-        if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
-            raise
-        raise FederationError(
-            f"lost another rank ({str(error).strip().splitlines()[0]}); look at that rank's log, then start again: "
-            "the run resumes from its last checkpoint"
-        ) from error
+
+
+def _lost_peer(error: Exception) -> str | None:
+    """How a peer's loss was noticed, where the error is one; None where it is this rank's own failure."""
+    if isinstance(error, LostPeerError):
+        return error.what
+    # Our own collectives say so themselves; these are DeepSpeed's, at start-up and inside a silo.
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error)):
+        return f"lost another rank ({str(error).strip().splitlines()[0]})"
+    return None
+
+
+def _roster(config: RunConfig, world: World, joined: ElasticJoin | None) -> Roster:
+    """All ranks that share `world.shared_store`, each called as in its own launch's logs."""
+    layout, names = world.layout, []
+    for rank in range(layout.world_size):
+        silo = layout.coordinate(rank).silo
+        own = rank - layout.offset(silo) if world.separate else rank
+        names.append(f"silo {silo if joined is None else joined.silo}, rank {own}")
+    if world.shared_store is world.store:
+        keeps = world.launch.rank == 0 and not torchrun_serves()
+    else:
+        keeps = serves_meeting(config, world.launch)
+    return Roster(world.rank, tuple(names), keeps)
 
 
 def build_trainer(
@@ -97,27 +131,36 @@ def build_trainer(
     sources: SourceSet,
     start_from: Checkpoint | None = None,
     resume_from: Checkpoint | None = None,
+    joined: ElasticJoin | None = None,
+    watch: FailureWatch | None = None,
 ) -> Trainer:
     """Everything a run consists of, as `resume_from` holds it or at its start; collective.
 
-    `start_from`: the checkpoint whose body an adapt run begins with.
+    `start_from`: the checkpoint whose body an adapt run begins with. `joined`: where the silo goes on without others.
+    `watch`: is told the run's phases; default: nobody is.
     """
-    metrics = Metrics(config.run_dir, world.place.silo, world.leads_silo)
-    body = build_body(config.model, config.seed, config.training.activation_checkpointing)
+    metrics = Metrics(config.run_dir, joined.silo if joined is not None else world.place.silo, world.leads_silo)
+    part = body_part(config, world, sources.largest_vocabulary)
+    body = build_body(config.model, config.seed, config.training.activation_checkpointing, part)
+    engine = build_engine(config, body, world)
+    shards = engine.shards
     if start_from is not None:
-        _load_body(body, start_from)
-    engine = SiloEngine(config, body, world)
+        shards.write(start_from.index.fill(torch.zeros(shards.numel), "body", shards.segments))
     variant = VARIANTS[config.dept.variant]
     outer = config.dept.outer
     rule = OuterRule(outer.optimizer, outer.learning_rate, outer.momentum)
-    exchange = BodyExchange(world.peers, engine.shards.read(), rule) if variant.averages_body else None
+    exchange: Exchange | None = None
+    if joined is not None:
+        exchange = own_exchange(world, joined, engine, rule)
+    elif variant.averages_body:
+        exchange = build_exchange(world, engine, rule)
     store = SourceStore(config.run_dir / "store")
     broker = EmbeddingBroker(config, world, store, sources.vocab_size, rule)
     state = RunState(config, world, sources, engine, exchange, broker, store)
     progress = RunProgress()
     if resume_from is not None:
         progress = state.restore(resume_from)
-        if broker.resident is not None:
+        if exchange is None:
             state.resume_flight(sources.trained[0], broker.resident)
         if world.is_writer:
             metrics.say(f"resuming from {resume_from.directory} at round {progress.round + 1}/{config.dept.rounds}")
@@ -130,6 +173,10 @@ def build_trainer(
     if world.is_writer:
         with atomic_write(config.run_dir / "config.yaml", "w") as handle:
             handle.write(dump_config(config))
+    stop = StopRequest(world.shared_store, polls=world.leads_silo)
+    elastic: Elastic | None = None
+    if joined is not None:
+        elastic = Elastic(config, world, joined, engine, exchange, broker.tables, metrics, stop)  # type: ignore[arg-type]
     return Trainer(
         config=config,
         world=world,
@@ -141,7 +188,9 @@ def build_trainer(
         state=state,
         progress=progress,
         metrics=metrics,
-        stop=StopRequest(world.store, polls=world.leads_silo),
+        stop=stop,
+        watch=watch or FailureWatch(None, Roster(0, ("the only rank",), False)),
+        elastic=elastic,
     )
 
 
@@ -186,7 +235,7 @@ def _adapt_start(config: RunConfig, sources: SourceSet) -> Checkpoint | None:
                 "has no global embedding to keep; set adapt.embedding: random"
             )
         trained_with = next(iter(checkpoint.manifest["sources"].values()))["tokenizer_fingerprint"]
-        if trained_with != fingerprint(next(iter(sources.directories.values()))):
+        if trained_with != next(iter(sources.cards.values())).tokenizer_fingerprint:
             raise ConfigError(
                 f"adapt.embedding own: {checkpoint.directory} was trained under another tokenizer than this run's "
                 "sources; use the same data, or set adapt.embedding: random"
@@ -194,12 +243,7 @@ def _adapt_start(config: RunConfig, sources: SourceSet) -> Checkpoint | None:
     return checkpoint
 
 
-def _load_body(body: nn.Module, checkpoint: Checkpoint) -> None:
-    """The checkpoint's body into a module of the same configuration."""
-    body.load_state_dict(checkpoint.body())
-
-
 def _load_embedding(config: RunConfig, broker: EmbeddingBroker, checkpoint: Checkpoint) -> None:
     assert config.adapt is not None
     if config.adapt.embedding == "own":
-        broker.replace_resident(checkpoint.index.read("token"), checkpoint.position_table())
+        broker.replace_resident(checkpoint.index)

@@ -1,24 +1,13 @@
-"""Being asked to stop, and learning that another rank has failed.
+"""Being asked to stop: SIGTERM (or Ctrl-C) on any rank is a stop of the whole run at the end of the current step."""
 
-SIGTERM (or Ctrl-C) on any rank becomes a stop of the whole run at the end of the current step. A failure of any rank
-ends all of them, also where they share no collective for hours.
-"""
-
-import os
 import signal
-import sys
-import threading
 from types import FrameType
 
 import torch.distributed as dist
 
-from megatron_dept.common.errors import EXIT_USER_ERROR, FederationError
+from megatron_dept.common.errors import LostPeerError
 
 _STOP_KEY = "stop-requested"
-_FAILED_KEY = "rank-failed"
-POLL_SECONDS = 1.0
-GRACE_SECONDS = 5.0
-"""After another rank's failure the main thread has this long to find out itself and leave in good order."""
 
 
 class StopRequest:
@@ -45,7 +34,7 @@ class StopRequest:
 
     @property
     def asked(self) -> bool:
-        """Whether to stop; passes the request on. Raises `FederationError` where the launch's store is gone."""
+        """Whether to stop; passes the request on. Raises `LostPeerError` where the launch's store is gone."""
         if self._store is None:
             return self._asked
         try:
@@ -54,52 +43,7 @@ class StopRequest:
             elif self._polls and self._store.check([_STOP_KEY]):
                 self._asked = True
         except RuntimeError as error:
-            raise FederationError(
-                f"the launch's rank 0, which keeps its store, is gone ({str(error).strip().splitlines()[0]}); look at "
-                "that rank's log, then start again: the run resumes from its last checkpoint"
+            raise LostPeerError(
+                f"the launch's rank 0, which keeps its store, is gone ({str(error).strip().splitlines()[0]})"
             ) from error
         return self._asked
-
-
-class FailureWatch:
-    """Ends this process when any rank of the launch has failed, whatever the main thread is waiting for.
-
-    A rank deep in its local steps meets the other silos hours later, and one inside a GPU collective whose peer has
-    died may never return to Python: a thread of its own looks at the launch's store. Rank 0 gone, and its store with
-    it, is a failure too.
-    """
-
-    def __init__(self, store: dist.Store | None, rank: int) -> None:
-        self._store = store
-        self._rank = rank
-        self._done = threading.Event()
-        if store is not None:
-            threading.Thread(target=self._watch, name="failure watch", daemon=True).start()
-
-    def close(self) -> None:
-        """The run has ended well: what ranks do from here on is no failure."""
-        self._done.set()
-
-    def tell(self, message: str) -> None:
-        """Tell all ranks that this one has failed; a store that is gone has told them already."""
-        self._done.set()
-        if self._store is not None:
-            try:
-                self._store.set(_FAILED_KEY, f"rank {self._rank}: {message}")
-            except RuntimeError:
-                return
-
-    def _watch(self) -> None:
-        assert self._store is not None
-        while not self._done.wait(POLL_SECONDS):
-            try:
-                if not self._store.check([_FAILED_KEY]):
-                    continue
-                message = self._store.get(_FAILED_KEY).decode()
-            except RuntimeError:
-                message = "rank 0, which keeps the launch's store, is gone"
-            if self._done.wait(GRACE_SECONDS):
-                return
-            sys.stderr.write(f"error: rank {self._rank}: ended because another rank failed ({message})\n")
-            sys.stderr.flush()
-            os._exit(EXIT_USER_ERROR)

@@ -6,6 +6,7 @@ of one also, per source under way, its local body, embedding and inner optimizer
 
 import zlib
 from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,15 @@ from megatron_dept.config.schema import RunConfig
 from megatron_dept.engine.embedding_owner import EmbeddingOwner
 from megatron_dept.engine.silo_engine import SiloEngine
 from megatron_dept.engine.world import World
-from megatron_dept.federation.body_exchange import BodyExchange
-from megatron_dept.training.embeddings import EmbeddingBroker, embedding_tensors, read_embedding_optimizer
+from megatron_dept.federation.body_exchange import Exchange
+from megatron_dept.training.embeddings import (
+    EmbeddingBroker,
+    embedding_tensors,
+    first_row,
+    read_embedding_optimizer,
+)
 from megatron_dept.training.inner_state import inner_tensors, read_inner_state
 from megatron_dept.training.progress_state import RunProgress
-from megatron_dept.training.resume import fingerprint, text_fingerprint
 from megatron_dept.training.sources import MIXTURE, SourceSet
 
 
@@ -38,7 +43,7 @@ class RunState:
         world: World,
         sources: SourceSet,
         engine: SiloEngine,
-        exchange: BodyExchange | None,
+        exchange: Exchange | None,
         broker: EmbeddingBroker,
         store: SourceStore,
     ) -> None:
@@ -52,7 +57,9 @@ class RunState:
         self._directory = config.run_dir / "checkpoints"
         self._flight_index: SliceIndex | None = None
 
-    def save(self, progress: RunProgress, flight: tuple[str, EmbeddingOwner] | None, active: Collection[str]) -> Path:
+    def save(
+        self, progress: RunProgress, flight: tuple[str, EmbeddingOwner | None] | None, active: Collection[str]
+    ) -> Path:
         """Write and commit a checkpoint; collective.
 
         `flight`: the source this silo is training, and its embedding; `active`: those all silos are training. Local
@@ -76,7 +83,8 @@ class RunState:
         self._world.barrier()
         target = save_checkpoint(
             self._directory / f"step-{progress.total_steps:08d}",
-            self._world.launch.rank,
+            self._world.rank,
+            self._world.silo_ranks if self._world.separate else range(self._world.layout.world_size),
             self._world.gather_all,
             tensors,
             self._links(),
@@ -104,37 +112,42 @@ class RunState:
             self._flight_index = index
         return progress
 
-    def resume_flight(self, name: str, owner: EmbeddingOwner) -> None:
-        """Put back a local phase that the restored checkpoint caught under way."""
+    def resume_flight(self, name: str, owner: EmbeddingOwner | None) -> None:
+        """Put back a local phase that the restored checkpoint caught under way; `owner` as its silo's rank has one."""
         assert self._flight_index is not None, f"no local phase of {name} was restored"
         index, shards, prefix = self._flight_index, self._engine.shards, f"flight/{name}"
         if self._exchange is not None:
             shards.write(index.fill(torch.zeros(shards.numel), f"{prefix}/body", shards.segments))
-            with torch.no_grad():
-                for part, parameter in owner.module.named_parameters():
-                    parameter.copy_(index.read(f"{prefix}/{part}"))
-        owner.load_optimizer_state(read_embedding_optimizer(index, prefix))
+        if owner is not None:
+            if self._exchange is not None:
+                with torch.no_grad():
+                    for part, parameter in owner.module.named_parameters():
+                        start = first_row(owner, part)
+                        parameter.copy_(index.read(f"{prefix}/{part}", start, start + len(parameter)))
+            owner.load_optimizer_state(read_embedding_optimizer(index, prefix, owner))
         shards.load_optimizer_state(read_inner_state(index, prefix, shards.numel, shards.segments))
 
-    def _outer_tensors(self, exchange: BodyExchange, segments: list[Segment], mid_round: bool) -> dict[str, Tensor]:
+    def _outer_tensors(self, exchange: Exchange, segments: list[Segment], mid_round: bool) -> dict[str, Tensor]:
         """This rank's share of the global body and momentum, and in mid-round its silo's summed deltas."""
-        own = exchange.own
-        mine = [piece for segment in segments if (piece := segment.within(own)) is not None]
-        tensors = cut_by_name("body", exchange.value[own], mine)
-        if exchange.momentum is not None:
-            tensors |= cut_by_name("outer", exchange.momentum, mine)
+        if self._world.separate:
+            # Nobody else's disk can be counted on: what a silo saves is whole.
+            value, momentum, mine = exchange.value, exchange.momentum, segments
+        else:
+            value, momentum, mine = exchange.owned_value, exchange.owned_momentum, exchange.owned(segments)
+        tensors = cut_by_name("body", value, mine)
+        if momentum is not None:
+            tensors |= cut_by_name("outer", momentum, mine)
         if mid_round:
             tensors |= cut_by_name(f"delta/{self._world.place.silo}", exchange.delta, segments)
         return tensors
 
     def _load_outer(
-        self, exchange: BodyExchange, index: SliceIndex, body: Tensor, segments: list[Segment], mid_round: bool
+        self, exchange: Exchange, index: SliceIndex, body: Tensor, segments: list[Segment], mid_round: bool
     ) -> None:
         exchange.value.copy_(body)
-        own = exchange.own
-        mine = [piece for segment in segments if (piece := segment.within(own)) is not None]
+        exchange.adopt()
         if exchange.momentum is not None:
-            index.fill(exchange.momentum, "outer", mine)
+            index.fill(exchange.momentum, "outer", exchange.momentum_segments(segments))
         exchange.delta.zero_()
         if not mid_round:
             return
@@ -144,13 +157,13 @@ class RunState:
             if silo % self._world.layout.silos == self._world.place.silo:
                 exchange.delta.add_(index.fill(torch.zeros_like(exchange.delta), f"delta/{silo}", segments))
 
-    def _flight_tensors(self, name: str, owner: EmbeddingOwner) -> dict[str, Tensor]:
-        shards, prefix = self._engine.shards, f"flight/{name}"
-        tensors = inner_tensors(prefix, shards.optimizer_state(), shards.segments, self._world.leads_silo)
+    def _flight_tensors(self, name: str, owner: EmbeddingOwner | None) -> dict[str, Tensor]:
+        shards, prefix, world = self._engine.shards, f"flight/{name}", self._world
+        tensors = inner_tensors(prefix, shards.optimizer_state(), shards.segments, world.leads_silo)
         if self._exchange is not None:
             tensors |= cut_by_name(f"{prefix}/body", shards.read(), shards.segments)
-        if self._world.leads_silo:
-            embedding = embedding_tensors(prefix, owner, with_optimizer=True)
+        if owner is not None and world.first_stage and world.place.data == 0:
+            embedding = embedding_tensors(prefix, owner, with_optimizer=True, leads=world.leads_silo)
             if self._exchange is None:
                 embedding = {key: value for key, value in embedding.items() if "/embedding.optimizer/" in key}
             tensors |= embedding
@@ -162,14 +175,10 @@ class RunState:
         return {f"{path}@0": self._flight_index.read(path) for path in paths}
 
     def _links(self) -> list[Path]:
-        """Store files this rank answers for: all ranks share the work by the files' names."""
-        ranks = self._world.layout.world_size
+        """Store files this rank answers for: all that share a run directory share the work, by the files' names."""
+        ranks, own = self._world.launch.world_size, self._world.launch.rank
         files = [file for name in self._sources.names for file in self._store.files(name)]
-        return [
-            file
-            for file in files
-            if zlib.crc32(f"{file.parent.name}/{file.name}".encode()) % ranks == self._world.launch.rank
-        ]
+        return [file for file in files if zlib.crc32(f"{file.parent.name}/{file.name}".encode()) % ranks == own]
 
     def _manifest(self, progress: RunProgress) -> dict[str, Any]:
         config = self._config
@@ -188,16 +197,14 @@ class RunState:
             "vocab_size": self._sources.vocab_size,
             "sources": {
                 name: {
+                    **asdict(card),
                     "vocabulary": self._sources.kind,
-                    "vocabulary_size": len(self._sources.vocabularies[name]),
-                    "data": str(directory.path),
-                    "tokenizer_fingerprint": fingerprint(directory),
-                    "text_fingerprint": text_fingerprint(directory),
-                    "vocab_size": self._sources.vocabularies[name].vocab_size,
                     "trained": name in trained or MIXTURE in trained,
                 }
-                for name, directory in self._sources.directories.items()
+                for name, card in self._sources.cards.items()
+                if name in self._sources.directories
             },
+            "all_sources": list(self._sources.names),
             "progress": progress.dump(),
             "trained_with": config.model_dump(mode="json"),
         }

@@ -2,12 +2,11 @@
 
 import math
 
-import torch
-
+from megatron_dept.common.segments import primary_square
 from megatron_dept.config.schema import RunConfig
+from megatron_dept.engine.embedding_owner import EmbeddingOwner
 from megatron_dept.engine.silo_engine import SiloEngine, StepResult
 from megatron_dept.engine.world import World
-from megatron_dept.models.embedding import SourceEmbedding
 from megatron_dept.models.flops import flops_per_token
 from megatron_dept.training.hardware import peak_flops
 from megatron_dept.training.metrics import Metrics, Pace
@@ -23,7 +22,7 @@ class StepReporter:
         self._metrics = metrics
         self._pace = pace
         self._batch_tokens = config.training.global_batch_size * config.model.seq_length
-        self._peak = peak_flops(world.device, config.logging.peak_tflops) * world.layout.silo_size
+        self._peak = peak_flops(world.device, config.logging.peak_tflops) * world.shape.size
 
     def start_phase(self) -> None:
         """A local phase begins: what came before is not a step's time."""
@@ -36,7 +35,7 @@ class StepReporter:
     def report(
         self,
         source: str,
-        embedding: SourceEmbedding,
+        owner: EmbeddingOwner | None,
         vocabulary: int,
         round: int,
         step: int,
@@ -61,10 +60,11 @@ class StepReporter:
             "skipped": result.skipped,
         }
         if self.wants_norms(step):
+            shards = self._engine.shards
             values |= {
                 "activation_norm": result.activation_norm,
-                "parameter_norm": self._world.norm(self._engine.shards.read()),
-                "embedding_norm": float(torch.linalg.vector_norm(embedding.token.detach())),
+                "parameter_norm": self._world.root_of_sum(primary_square(shards.read(), shards.segments)),
+                "embedding_norm": self._world.root_of_sum(owner.token_square() if owner is not None else 0.0),
             }
         self._metrics.write("step", **values)
         self._engine.write_monitor(

@@ -1,20 +1,21 @@
 """Bytes a round must move, computed beforehand: what `--dry-run` prints and what the ledger is held against.
 
-The leading term is the paper's, 2 x |body| x (S - 1) / S elements a silo; padding of partitions and shares comes on
-top.
-Shapes: `S` silos, `D` data ranks of each, `h` hidden.
+The leading term is the paper's, 2 x |body| x (S - 1) / S elements a silo; what tensor ranks hold copies of, and padding
+of partitions and shares, comes on top.
+Shapes: `S` silos, `P`, `D`, `T` stages, data and tensor ranks of each, `h` hidden.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from megatron_dept.config.schema import RunConfig
-from megatron_dept.dept.sampling import assign_slots
 from megatron_dept.dept.variants import VARIANTS
 from megatron_dept.federation.body_exchange import share_size
-from megatron_dept.federation.row_table import block_size
+from megatron_dept.federation.row_spread import RowSpread, fetch_bytes, return_bytes
+from megatron_dept.models.vocabulary_shard import VocabularyShard
 from megatron_dept.topology.layout import Layout
+from megatron_dept.training.partitions import RankPart, row_spread, whole_body
 from megatron_dept.training.sources import SourceSet
 
 FP32_BYTES = 4
@@ -23,30 +24,37 @@ Slots = Sequence[Sequence[str | None]]
 
 
 class TrafficPlan:
-    """`partitions`: elements of each data rank's partition of the body, padding included (equal in every silo)."""
+    """Of all ranks; where silos are launches of their own, of this `silo`'s, which alone knows its sources' rows.
 
-    def __init__(self, config: RunConfig, layout: Layout, sources: SourceSet, partitions: Sequence[int]) -> None:
+    `body_bytes`: what these ranks send in an outer exchange of the body, as measured off its plan or foretold.
+    """
+
+    def __init__(
+        self, config: RunConfig, layout: Layout, sources: SourceSet, body_bytes: int, silo: int | None = None
+    ) -> None:
+        self._silo = silo
         self._layout = layout
         self._sources = sources
-        self._partitions = partitions
+        self._body_bytes = body_bytes
         self._variant = VARIANTS[config.dept.variant]
         self._hidden = config.model.hidden_size
         self._positions = config.model.seq_length if config.model.has_position_table else 0
 
     def round_bytes(self, sampled: Sequence[str]) -> dict[str, int]:
-        """Bytes sent by all ranks in a round of these sources, by kind, where no source is left out."""
+        """Bytes sent in a round of these sources, by kind, where no source is left out."""
         if not self._variant.averages_body:
             return {"body": 0, "embedding": 0, "position": 0}
-        slots = assign_slots(sampled, self._layout.silos)
+        slots = self._sources.slots(sampled, self._layout.silos)
         fetched, again = self._shared_rows(slots), self._shared_rows(slots, fetch=False)
-        return {"body": self.body_bytes()} | {kind: fetched[kind] + again[kind] for kind in fetched}
+        told = self._told_rows(sampled)
+        return {"body": self._body_bytes} | {kind: fetched[kind] + again[kind] + told[kind] for kind in fetched}
 
     def evaluation_bytes(self) -> int:
-        """Bytes sent by all ranks to fetch the rows that one validation of all sources needs."""
-        slots = assign_slots(self._sources.names, self._layout.silos)
+        """Bytes sent to fetch the rows that one validation of all sources needs."""
+        slots = self._sources.slots(self._sources.names, self._layout.silos)
         if self._variant.vocabulary == "global":
             # One embedding serves all sources: each silo fetches it once.
-            slots = ((self._sources.names[0],) * self._layout.silos,)
+            slots = ((next(iter(self._sources.vocabularies)),) * self._layout.silos,)
         return sum(self._shared_rows(slots).values())
 
     def _shared_rows(self, slots: Slots, fetch: bool = True) -> dict[str, int]:
@@ -54,38 +62,103 @@ class TrafficPlan:
         tokens = positions = 0
         if self._variant.token_rows == "shared":
             assert self._sources.vocab_size is not None
-            tokens = self._row_bytes(
-                slots, self._sources.vocab_size, lambda name: self._sources.vocabularies[name].ids, fetch
-            )
+            total, ids_of = self._sources.vocab_size, lambda name: self._sources.vocabularies[name].ids
+            tokens = self._row_bytes(slots, total, ids_of, self._token_needs, fetch)
+            if fetch:
+                tokens += self._last_stages(slots)
         if self._variant.position_rows == "shared" and self._positions:
             every = np.arange(self._positions)
-            positions = self._row_bytes(slots, self._positions, lambda name: every, fetch)
+            positions = self._row_bytes(slots, self._positions, lambda name: every, self._position_needs, fetch)
         return {"embedding": tokens, "position": positions}
 
-    def body_bytes(self) -> int:
-        """The body's reduce-scatter and all-gather among peers, of all ranks."""
-        silos = self._layout.silos
-        shares = sum(share_size(numel, silos) for numel in self._partitions)
-        return 2 * silos * (silos - 1) * shares * FP32_BYTES
+    def _told_rows(self, sampled: Sequence[str]) -> dict[str, int]:
+        """What a silo that keeps whole tables tells the others at a round's end: each touched row, to each of them."""
+        told = {"embedding": 0, "position": 0}
+        own = [name for name in sampled if name in self._sources.vocabularies]
+        if self._silo is None or not own:
+            return told
+        row = (self._layout.silos - 1) * self._hidden * FP32_BYTES
+        if self._variant.token_rows == "shared":
+            touched = np.unique(np.concatenate([self._sources.vocabularies[name].ids for name in own]))
+            told["embedding"] = len(touched) * row
+        if self._variant.position_rows == "shared":
+            told["position"] = self._positions * row
+        return told
 
-    def itemised_body_bytes(self, body: int) -> dict[str, int]:
-        """`body_bytes` of a body of so many parameters by what they are: the formula's, and padding that comes on top.
+    def _row_bytes(
+        self,
+        slots: Slots,
+        total_rows: int,
+        ids_of: Callable[[str], np.ndarray],
+        needs_of: Callable[[int, int], list[range]],
+        fetch: bool,
+    ) -> int:
+        sent = 0
+        for slot in slots:
+            for silo, name in enumerate(slot):
+                if name is None or self._silo not in (None, silo):
+                    continue
+                spread, place = row_spread(self._layout, total_rows), silo
+                if self._silo is not None:
+                    spread, place = RowSpread.of_peers(total_rows, 1, self._layout.shapes[silo].embedding_ranks), 0
+                ids = ids_of(name)
+                needs = needs_of(silo, len(ids))
+                tensor = self._layout.shapes[silo].tensor
+                if fetch:
+                    by_link = fetch_bytes(spread, place, ids, needs, self._hidden)
+                else:
+                    by_link = return_bytes(spread, place, ids, needs, tensor, self._hidden)
+                sent += sum(by_link.values())
+        return sent
 
-        Data ranks pad the body to equal partitions, silos pad each partition to equal shares. Nothing is sent twice:
-        under ZeRO 0 the replicated body is cut over the data ranks.
-        """
-        moved = 2 * (self._layout.silos - 1) * FP32_BYTES
-        items = {"formula": moved * body, "partition_padding": moved * (sum(self._partitions) - body)}
-        return items | {"share_padding": self.body_bytes() - sum(items.values())}
-
-    def _row_bytes(self, slots: Slots, total_rows: int, ids_of: Callable[[str], np.ndarray], fetch: bool) -> int:
-        """Rows that cross between silos, and that a silo's data ranks share among themselves after a fetch."""
-        silos, data = self._layout.silos, self._layout.data
-        block = block_size(total_rows, silos * data)
+    def _last_stages(self, slots: Slots) -> int:
+        """What first stages hand on to the last ones, which look up no token but multiply by the same rows."""
         rows = 0
         for slot in slots:
             for silo, name in enumerate(slot):
-                if name is not None:
-                    owners = ids_of(name) // block % silos
-                    rows += int((owners != silo).sum()) + ((data - 1) * len(owners) if fetch else 0)
+                shape = self._layout.shapes[silo]
+                if name is not None and self._silo in (None, silo) and shape.pipe > 1:
+                    rows += shape.data * len(self._sources.vocabularies[name])
         return rows * self._hidden * FP32_BYTES
+
+    def _token_needs(self, silo: int, rows: int) -> list[range]:
+        shape = self._layout.shapes[silo]
+        return [
+            VocabularyShard.vocabulary_range(rows, shape.tensor, rank % shape.tensor)
+            for rank in range(shape.embedding_ranks)
+        ]
+
+    def _position_needs(self, silo: int, rows: int) -> list[range]:
+        shape = self._layout.shapes[silo]
+        return [range(0 if rank % shape.tensor else rows) for rank in range(shape.embedding_ranks)]
+
+
+def itemised_body_bytes(layout: Layout, parts: Sequence[RankPart]) -> dict[str, int]:
+    """Bytes that all ranks send in an outer exchange of the body, by what they are: the formula's, and what is on top.
+
+    Tensor ranks hold copies of norms and some biases, data ranks pad the body to equal partitions, silos pad each
+    partition to equal shares. Under ZeRO 0 the replicated body is cut over the data ranks, so nothing is sent twice.
+    `parts`: what every rank holds, silo by silo. Between unequal silos elements go to owners that the names decide;
+    what a rank owns itself, the W-th part of its own on average, is not sent.
+    """
+    shape, ranks = layout.shapes[0], layout.world_size
+    body = whole_body(parts[: shape.size], shape.data)
+    if not layout.equal:
+        held = sum(part.held // layout.shapes[silo].data for silo, part in _with_silos(layout, parts))
+        formula = layout.silos * body * FP32_BYTES * (ranks - 1) // ranks
+        return {"to_owners": formula, "to_holders": held * FP32_BYTES * (ranks - 1) // ranks}
+    moved = 2 * (layout.silos - 1) * FP32_BYTES
+    of_silo = parts[: shape.size]
+    held, partitions = sum(part.held for part in of_silo) // shape.data, sum(part.partition for part in of_silo)
+    shares = sum(share_size(part.partition, layout.silos) for part in parts)
+    return {
+        "formula": moved * body,
+        "copies_of_tensor_ranks": moved * (held - body),
+        "partition_padding": moved * (partitions - held),
+        "share_padding": moved * (shares - partitions),
+    }
+
+
+def _with_silos(layout: Layout, parts: Sequence[RankPart]) -> Iterator[tuple[int, RankPart]]:
+    silos = (silo for silo in range(layout.silos) for _ in layout.members(silo))
+    return zip(silos, parts, strict=True)

@@ -6,7 +6,6 @@ Every silo joins every collective in the same order, idle or not. Inside a slot 
 is called: at the slot's end, at a checkpoint within it, and as soon as one of them is asked to stop.
 """
 
-import hashlib
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dept.common.errors import FederationError, UserError
+from megatron_dept.common.errors import UserError
+from megatron_dept.common.segments import primary_square
 from megatron_dept.config.schema import RunConfig
-from megatron_dept.dept.sampling import assign_slots, sample_sources
+from megatron_dept.dept.sampling import sample_sources
 from megatron_dept.dept.schedule import ScheduleRule, cycle_learning_rate, learning_rate
 from megatron_dept.dept.variants import VARIANTS
+from megatron_dept.engine.embedding_owner import EmbeddingOwner
 from megatron_dept.engine.silo_engine import SiloEngine
 from megatron_dept.engine.world import World
-from megatron_dept.federation.body_exchange import BodyExchange
+from megatron_dept.federation.body_exchange import Exchange
+from megatron_dept.training.body_hash import agree_on_body
+from megatron_dept.training.elastic import Elastic
 from megatron_dept.training.embeddings import EmbeddingBroker, HeldEmbedding
 from megatron_dept.training.inner_state import InnerState
 from megatron_dept.training.metrics import LedgerFile, Metrics, Pace
@@ -32,6 +35,7 @@ from megatron_dept.training.state import RunState
 from megatron_dept.training.step_report import StepReporter
 from megatron_dept.training.traffic_plan import TrafficPlan
 from megatron_dept.training.validation import Validation
+from megatron_dept.training.watch import FailureWatch
 
 
 @dataclass
@@ -52,6 +56,11 @@ class LocalPhase:
     def name(self) -> str | None:
         return self.source.name if self.source is not None else None
 
+    @property
+    def owner(self) -> EmbeddingOwner | None:
+        """None on an idle silo, and on the middle stages of a pipeline."""
+        return self.held.owner if self.held is not None else None
+
 
 class Trainer:
     """Runs a federation from its current progress to the last round, or until it is asked to stop."""
@@ -62,14 +71,18 @@ class Trainer:
         world: World,
         sources: SourceSet,
         engine: SiloEngine,
-        exchange: BodyExchange | None,
+        exchange: Exchange | None,
         broker: EmbeddingBroker,
         inner: InnerState,
         state: RunState,
         progress: RunProgress,
         metrics: Metrics,
         stop: StopRequest,
+        watch: FailureWatch,
+        elastic: Elastic | None = None,
     ) -> None:
+        """`elastic`: ends the rounds of a silo that goes on without others; the world is then that silo alone."""
+        self._elastic = elastic
         self._config = config
         self._world = world
         self._sources = sources
@@ -81,6 +94,7 @@ class Trainer:
         self.progress = progress
         self._metrics = metrics
         self._stop = stop
+        self._watch = watch
         self._variant = VARIANTS[config.dept.variant]
         self._body_is_global = False
         self._active: tuple[str, ...] = ()
@@ -95,31 +109,49 @@ class Trainer:
         self._validation = (
             Validation(config, world, sources, engine, broker) if config.evaluation.interval_rounds else None
         )
-        self._traffic = TrafficPlan(config, world.layout, sources, [engine.shards.numel] * world.layout.silo_size)
+        body_bytes: list[Any] = world.gather_all(0 if exchange is None or elastic else exchange.round_bytes)
+        if world.separate:
+            own = sum(body_bytes[rank] for rank in world.silo_ranks)
+            self._traffic = TrafficPlan(config, world.layout, sources, own, world.place.silo)
+        else:
+            self._traffic = TrafficPlan(config, world.layout, sources, sum(body_bytes))
         self._ledger_file = LedgerFile(config.run_dir / "ledger.json", progress.round) if world.is_writer else None
         self._reporter = StepReporter(config, world, engine, metrics, Pace(self._steps_left()))
         self._saved_at = (progress.round, progress.total_steps)
 
     def run(self) -> bool:
         """Train to the end; False where the run was asked to stop and has saved itself."""
-        while self.progress.round < self._config.dept.rounds:
-            if not self._round():
+        with self._watch.phase("meeting"):
+            if self._elastic is not None and not self._elastic.begin(self.progress):
                 return False
+        with self._watch.phase("round"):
+            while self.progress.round < self._config.dept.rounds:
+                if not self._round():
+                    return False
         if self._saved_at != (self.progress.round, self.progress.total_steps):
             self._save(None)
         return True
+
+    def leave(self, finished: bool) -> None:
+        """The run has ended here, `finished` or asked to stop: say so to silos that go on."""
+        if self._elastic is not None:
+            self._elastic.leave(finished)
 
     def _round(self) -> bool:
         began = time.perf_counter()
         sampled = self._sampled(self.progress.round)
         remaining = tuple(name for name in sampled if name not in self.progress.done)
-        for slot in assign_slots(remaining, self._world.layout.silos):
+        for slot in self._sources.slots(remaining, self._world.layout.silos):
             if not self._slot(slot):
                 return False
-        number = self.progress.round
-        entry = self._end_round(sampled)
+        with self._watch.phase("exchange"):
+            entry = self._end_round(sampled)
+        if entry is None:
+            return False
+        number = self.progress.round - 1
         if self._validation is not None and self._validates(number):
-            self._validate(self._validation, number)
+            with self._watch.phase("validation"):
+                self._validate(self._validation, number)
         self._close_round(number, sampled, entry | {"seconds": time.perf_counter() - began})
         if self._boundary_save_is_due(number):
             self._save(None)
@@ -130,14 +162,17 @@ class Trainer:
         self._active = tuple(name for name in slot if name is not None)
         first_common = max((flight.step for flight in self.progress.flights.values()), default=0)
         local = self._begin_phase(slot[self._world.place.silo])
-        if not self._train(local, self._save_steps(first_common)):
-            return False
+        with self._watch.phase("inner step"):
+            if not self._train(local, self._save_steps(first_common)):
+                return False
         dropped = local.name in self.progress.dropped
         contributes = local.source is not None and not dropped
         if contributes and self._exchange is not None:
-            self._exchange.add(self._engine.shards.read())
+            with self._watch.phase("pack"):
+                self._exchange.add(self._engine.shards.read())
         ids = local.source.vocabulary.ids if local.source is not None else None
-        self._broker.release(local.name, local.held if contributes else None, ids, self.progress.round)
+        with self._watch.phase("row exchange"):
+            self._broker.release(local.name, local.held if contributes else None, ids, self.progress.round)
         if local.name is not None and contributes:
             self._inner.end(local.name, self.progress.round)
         for name in slot:
@@ -153,14 +188,15 @@ class Trainer:
             self._engine.shards.write(self._exchange.value)
         self._body_is_global = False
         vocabulary = source.vocabulary if source is not None else None
-        held = self._broker.acquire(name, vocabulary, self.progress.round, resuming=flight is not None)
-        if name is None or held is None:
+        with self._watch.phase("row exchange"):
+            held = self._broker.acquire(name, vocabulary, self.progress.round, resuming=flight is not None)
+        if name is None:
             return LocalPhase(None, None)
         if flight is None:
             self._inner.begin(name)
             return LocalPhase(source, held)
         if self._exchange is not None:
-            self._state.resume_flight(name, held.owner)
+            self._state.resume_flight(name, held.owner if held is not None else None)
         return LocalPhase(source, held, step=flight.step, bad=flight.bad)
 
     def _train(self, local: LocalPhase, saves: set[int]) -> bool:
@@ -168,8 +204,8 @@ class Trainer:
         local.stop = self._silo_is_asked()
         self._reporter.start_phase()
         while local.step < self._config.dept.n_local and not local.stop:
-            if local.source is not None and local.held is not None and not self._is_dropped(local.bad):
-                self._step(local, local.source, local.held)
+            if local.source is not None and not self._is_dropped(local.bad):
+                self._step(local, local.source)
             else:
                 local.stop = self._stop.asked
             local.step += 1
@@ -185,12 +221,12 @@ class Trainer:
         return True
 
     def _silo_is_asked(self) -> bool:
-        """Whether any data rank of this silo was asked to stop: none may begin a step that another leaves out."""
+        """Whether any rank of this silo was asked to stop: none may begin a step that another leaves out."""
         asked = torch.tensor([float(self._stop.asked)])
         self._world.silo.all_reduce_sum(asked, "control")
         return bool(asked[0] > 0)
 
-    def _step(self, local: LocalPhase, source: Source, held: HeldEmbedding) -> None:
+    def _step(self, local: LocalPhase, source: Source) -> None:
         config = self._config
         step = self.progress.round * config.dept.n_local + local.step
         cursor = self.progress.cursors.get(source.name, 0) + local.trained * config.training.global_batch_size
@@ -200,7 +236,7 @@ class Trainer:
             embedding_rate = cycle_learning_rate(step, config.dept.n_local, self._schedule)
         result = self._engine.train_step(
             self._micro_batches(source, cursor),
-            held.owner,
+            local.owner,
             rate,
             embedding_rate,
             stop=lambda: self._stop.asked,
@@ -212,14 +248,14 @@ class Trainer:
         local.skipped += result.skipped
         steps = self.progress.steps.get(source.name, 0) + local.trained
         self._reporter.report(
-            source.name, held.owner.module, len(source.vocabulary), self.progress.round, step, steps, rate, result
+            source.name, local.owner, len(source.vocabulary), self.progress.round, step, steps, rate, result
         )
         if self._is_dropped(local.bad):
             self._too_many_bad_steps(source.name, local.bad, step)
 
     def _micro_batches(self, source: Source, cursor: int) -> list[tuple[Tensor, Tensor]]:
         """This data rank's part of the batch at `cursor`: micro-batch m of rank d is the (m x D + d)-th piece of it."""
-        size, data, device = self._config.training.micro_batch_size, self._world.layout.data, self._world.device
+        size, data, device = self._config.training.micro_batch_size, self._world.shape.data, self._world.device
         micro_batches = []
         for index in range(self._engine.accumulation_steps):
             piece = source.batch(cursor + (index * data + self._world.place.data) * size, size)
@@ -245,13 +281,18 @@ class Trainer:
 
         A silo that comes early waits as long as the others train, and passes on a request to stop meanwhile.
         """
-        self._world.peers.wait_for_all(lambda: self._stop.asked)
+        with self._watch.phase("meeting"):
+            self._world.wait_for_all(lambda: self._stop.asked)
+            return self._share_progress(local)
+
+    def _share_progress(self, local: LocalPhase) -> bool:
+        """`_meet`, once all have come."""
         report = (local.name, local.step, local.bad, local.trained, local.skipped, local.stop or self._stop.asked)
         local.trained = local.skipped = 0
-        # Of all ranks: the data ranks of an idle silo share no step in which they would have agreed on a request.
+        # Of all ranks: those of an idle silo share no step in which they would have agreed on a request.
         reports: list[Any] = self._world.gather_all(report)
-        progress = self.progress
-        for name, step, bad, trained, skipped, _ in reports[:: self._world.layout.silo_size]:
+        progress, layout = self.progress, self._world.layout
+        for name, step, bad, trained, skipped, _ in (reports[layout.offset(silo)] for silo in range(layout.silos)):
             if name is None:
                 continue
             progress.flights[name] = Flight(step, bad)
@@ -263,37 +304,34 @@ class Trainer:
                 progress.dropped.append(name)
         return any(stop for *_, stop in reports)
 
-    def _end_round(self, sampled: tuple[str, ...]) -> dict[str, object]:
-        """The outer step: new global body and shared rows everywhere; what the round's log entry says of it."""
+    def _end_round(self, sampled: tuple[str, ...]) -> dict[str, object] | None:
+        """The outer step: new global body and shared rows everywhere; what the round's log entry says of it.
+
+        None where the silo was asked to stop while it waited for others.
+        """
         began = time.perf_counter()
-        entry: dict[str, object] = {"dropped": list(self.progress.dropped)}
+        entry: dict[str, object] = {"sources": list(sampled), "dropped": list(self.progress.dropped)}
         if self._exchange is not None:
             before = self._exchange.value.clone()
-            self._exchange.finish(len(sampled) - len(self.progress.dropped))
-            self._broker.end_round()
+            if self._elastic is None:
+                self._exchange.finish(len(sampled) - len(self.progress.dropped))
+                self._broker.end_round()
+            elif (told := self._elastic.end_round(self.progress)) is not None:
+                entry = told
+            else:
+                return None
             self._engine.shards.write(self._exchange.value)
             self._body_is_global = True
-            entry["delta_norm"] = self._world.norm(before.sub_(self._exchange.value))
-            entry["body_hash"] = self._agree_on_body(self._exchange.value)
-        else:
-            entry["body_hash"] = self._agree_on_body(self._engine.shards.read())
+            moved = before.sub_(self._exchange.value)
+            entry["delta_norm"] = self._world.root_of_sum(primary_square(moved, self._engine.shards.segments))
+        if self._elastic is None:
+            value = self._engine.shards.read() if self._exchange is None else self._exchange.value
+            entry["body_hash"] = agree_on_body(self._world, self._engine, value, self.progress.round)
+            self.progress.round += 1
+            self.progress.done, self.progress.dropped = [], []
         # The store's files of this round are written before anyone reads them in the next.
         self._world.barrier()
-        self.progress.round += 1
-        self.progress.done, self.progress.dropped = [], []
         return entry | {"exchange_seconds": time.perf_counter() - began}
-
-    def _agree_on_body(self, value: Tensor) -> str:
-        """The hash of the whole body, from every rank's partition of it; silos must have the same."""
-        hashes: list[Any] = self._world.gather_all(hash_flat(value))
-        size = self._world.layout.silo_size
-        bodies = ["-".join(hashes[first : first + size]) for first in range(0, len(hashes), size)]
-        if len(set(bodies)) != 1:
-            raise FederationError(
-                f"silos hold different bodies after round {self.progress.round + 1}: {bodies}; "
-                "this is a fault of memory or network, start again from the last checkpoint"
-            )
-        return bodies[0]
 
     def _validate(self, validation: Validation, number: int) -> None:
         step = self.progress.round * self._config.dept.n_local
@@ -318,17 +356,26 @@ class Trainer:
             "round",
             round=number,
             step=self.progress.round * self._config.dept.n_local,
-            sources=list(sampled),
             total_tokens=self.progress.total_steps * batch_tokens,
             **entry,
         )
         self._account()
+        predicted = self._predicted(sampled, number)
         if self._ledger_file is not None:
-            predicted = self._traffic.round_bytes(sampled) if self._exchange is not None else {}
-            if self._validates(number):
-                predicted["evaluation"] = self._traffic.evaluation_bytes()
             self._ledger_file.add(number, self.progress.traffic, predicted, self.progress.total_steps)
         self.progress.traffic = {}
+
+    def _predicted(self, sampled: tuple[str, ...], number: int) -> dict[str, int]:
+        """What the round was to send, by kind; collective where silos are launches of their own."""
+        predicted = self._traffic.round_bytes(sampled) if self._exchange is not None else {}
+        if self._elastic is not None:
+            predicted = {kind: sent + self._elastic.told_bytes.get(kind, 0) for kind, sent in predicted.items()}
+        if self._validates(number):
+            predicted["evaluation"] = self._traffic.evaluation_bytes()
+        if not self._world.separate:
+            return predicted
+        told: list[Any] = self._world.gather_all(predicted if self._world.leads_silo else {})
+        return {kind: sum(of.get(kind, 0) for of in told) for kind in predicted}
 
     def _account(self) -> None:
         """Add what all ranks have sent since the last time to the round's traffic; collective."""
@@ -343,14 +390,16 @@ class Trainer:
 
     def _save(self, local: LocalPhase | None) -> None:
         flight = None
+        if self._elastic is not None and self.progress.mid_round:
+            return  # a round that others may end without this silo is trained anew from its boundary
         if self._exchange is None:
-            assert self._broker.resident is not None
             flight = (self._sources.trained[0], self._broker.resident)
-        elif local is not None and local.name is not None and local.held is not None:
-            flight = (local.name, local.held.owner)
+        elif local is not None and local.name is not None:
+            flight = (local.name, local.owner)
         # What a round has sent so far goes on with it.
         self._account()
-        path = self._state.save(self.progress, flight, self._active)
+        with self._watch.phase("save"):
+            path = self._state.save(self.progress, flight, self._active)
         self._saved_at = (self.progress.round, self.progress.total_steps)
         if self._world.is_writer:
             self._metrics.say(f"saved {path}")
@@ -379,11 +428,5 @@ class Trainer:
     def _steps_left(self) -> int:
         """Inner steps this silo still has to do, for the time left."""
         silos, n_local = self._world.layout.silos, self._config.dept.n_local
-        sampled = len(self._sampled(0))
         rounds = self._config.dept.rounds - self.progress.round
-        return rounds * -(-sampled // silos) * n_local
-
-
-def hash_flat(flat: Tensor) -> str:
-    """A short hash of a tensor's bits."""
-    return hashlib.blake2b(flat.detach().cpu().numpy().tobytes(), digest_size=8).hexdigest()
+        return rounds * len(self._sources.slots(self._sampled(0), silos)) * n_local

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from megatron_dept.config.schema import RunConfig
-from megatron_dept.dept.sampling import assign_slots
 from megatron_dept.engine.silo_engine import SiloEngine
 from megatron_dept.engine.world import World
 from megatron_dept.evaluation.heldout import HeldoutText, heldout_windows
@@ -25,7 +24,7 @@ class Validation:
         self._sources = sources
         self._engine = engine
         self._broker = broker
-        self._slots = assign_slots(sources.names, world.layout.silos)
+        self._slots = sources.slots(sources.names, world.layout.silos)
         self._texts = {slot[world.place.silo]: self._heldout(slot[world.place.silo]) for slot in self._slots}
 
     def run(self) -> dict[str, tuple[Score, int]]:
@@ -33,14 +32,14 @@ class Validation:
         scores: dict[str, tuple[Score, int]] = {}
         # Under a global vocabulary all sources have one embedding: fetched once, not once a source.
         common = self._sources.kind == "global"
-        embedding = self._view(self._sources.names[0]) if common else None
+        embedding = self._view(next(iter(self._sources.vocabularies))) if common else None
         for slot in self._slots:
             name = slot[self._world.place.silo]
             if not common:
                 embedding = self._view(name)
             text = self._texts[name]
-            if name is not None and embedding is not None and text is not None:
-                parts = self._world.silo.all_gather_object((self._score(embedding, text), text.replaced))
+            if name is not None and text is not None and self._broker.has(name):
+                parts = self._world.data.all_gather_object((self._score(embedding, text), text.replaced))
                 replaced = sum(part[1] for part in parts)
                 scores[name] = (sum((part[0] for part in parts[1:]), parts[0][0]), replaced)
             if not common:
@@ -50,7 +49,7 @@ class Validation:
     def _view(self, name: str | None) -> SourceEmbedding | None:
         return self._broker.view(name, self._sources.vocabularies[name] if name is not None else None)
 
-    def _score(self, embedding: SourceEmbedding, text: HeldoutText) -> Score:
+    def _score(self, embedding: SourceEmbedding | None, text: HeldoutText) -> Score:
         device = self._world.device
 
         def forward(inputs: Tensor, targets: Tensor) -> Tensor:
@@ -68,4 +67,4 @@ class Validation:
             self._config.evaluation.max_tokens,
             self._sources.vocabularies[name],
         )
-        return text.share(self._world.silo.rank, self._world.silo.size)
+        return text.share(self._world.data.rank, self._world.data.size)

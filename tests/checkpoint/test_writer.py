@@ -24,6 +24,7 @@ def save(root: Path, step: int, value: float = 0.0, keep_last: int = 9, links: A
     return save_checkpoint(
         root / f"step-{step:08d}",
         0,
+        range(1),
         lambda mine: [mine],
         whole("token", torch.full((4, 2), value)),
         links,
@@ -133,6 +134,7 @@ def _save_with_fault(launch: Launch, root: Path, fault: Callable[[Launch], None]
         save_checkpoint(
             root / "checkpoints" / f"step-{step:08d}",
             launch.rank,
+            range(2),
             groups.peers.all_gather_object,
             tensors,
             links,

@@ -53,13 +53,77 @@ REFUSED = {
         {"dept": {"outer": {"momentum": 0.9}}},
         "dept.outer: outer.momentum 0.9 needs outer.optimizer nesterov; set it, or remove the momentum",
     ),
-    "tensor parallel": (
-        {"parallel": {"tensor_model_parallel_size": 2}},
-        "parallel: tensor_model_parallel_size 2 is not supported yet; set it to 1",
+    "heads over tensor ranks": (
+        {"parallel": {"tensor_model_parallel_size": 3}, "model": {"ffn_hidden_size": 384}},
+        "model.num_attention_heads 4 is not divisible by tensor_model_parallel_size 3; set one to a divisor or multiple "
+        "of the other",
     ),
-    "pipeline parallel": (
-        {"parallel": {"pipeline_model_parallel_size": 2}},
-        "parallel: pipeline_model_parallel_size 2 is not supported yet; set it to 1",
+    "ffn over tensor ranks": (
+        {"parallel": {"tensor_model_parallel_size": 4}, "model": {"ffn_hidden_size": 510}},
+        "model.ffn_hidden_size 510 is not divisible by tensor_model_parallel_size 4; set one to a divisor or multiple of "
+        "the other",
+    ),
+    "key-value heads over tensor ranks": (
+        {
+            "parallel": {"tensor_model_parallel_size": 2},
+            "model": {
+                "family": "llama",
+                "hidden_size": 96,
+                "num_attention_heads": 6,
+                "num_key_value_heads": 3,
+                "ffn_hidden_size": 96,
+            },
+        },
+        "model.num_key_value_heads 3 and tensor_model_parallel_size 2: neither divides the other; set num_key_value_heads "
+        "to a divisor or a multiple",
+    ),
+    "sequence over tensor ranks": (
+        {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}, "model": {"seq_length": 127}},
+        "model.seq_length 127 is not divisible by tensor_model_parallel_size 2, which sequence_parallel cuts it over; set "
+        "seq_length to a multiple",
+    ),
+    "sequence parallelism alone": (
+        {"parallel": {"sequence_parallel": True}},
+        "parallel: sequence_parallel cuts the sequence over tensor ranks; set tensor_model_parallel_size above 1",
+    ),
+    "pipeline with ZeRO 2": (
+        {"parallel": {"pipeline_model_parallel_size": 2, "zero_stage": 2}},
+        "parallel: zero_stage 2 with pipeline_model_parallel_size 2: DeepSpeed's pipelines work with ZeRO 0 and 1; set "
+        "zero_stage: 1, or pipeline_model_parallel_size: 1",
+    ),
+    "more stages than layers": (
+        {"parallel": {"pipeline_model_parallel_size": 4}, "model": {"num_layers": 2}},
+        "model.num_layers 2 cannot fill pipeline_model_parallel_size 4 (every stage but the last needs one); set it to at "
+        "most 3",
+    ),
+    "offload without ZeRO": (
+        {"parallel": {"zero_stage": 0, "offload_optimizer": True}},
+        "parallel: offload_optimizer needs ZeRO; set zero_stage: 1, 2 or 3",
+    ),
+    "shapes beside sizes": (
+        {"parallel": {"shapes": [{}, {}], "tensor_model_parallel_size": 2}},
+        "parallel: tensor_model_parallel_size 2 beside shapes; set it in each entry of shapes",
+    ),
+    "shapes beside silos": (
+        {"parallel": {"shapes": [{}, {}], "silos": 3}},
+        "parallel: silos 3 and 2 shapes contradict each other; remove silos",
+    ),
+    "continue in one launch": (
+        {"federation": {"on_silo_loss": "continue"}},
+        "federation: on_silo_loss continue needs silos that are separate launches: ranks of one launch end together; set "
+        "address, silo and silos, or on_silo_loss: stop",
+    ),
+    "a silo of one launch": (
+        {"federation": {"silo": 1}},
+        "federation: silo is for silos that are separate launches; set address too, or remove it",
+    ),
+    "an address without a secret": (
+        {"federation": {"address": "here:29400", "silo": 0, "silos": 2}},
+        "federation: address is set, so token_file must be too",
+    ),
+    "a silo out of range": (
+        {"federation": {"address": "here:29400", "silo": 2, "silos": 2, "token_file": "t"}},
+        "federation: silo 2 is not below silos 2; count from 0",
     ),
     "fp16": (
         {"training": {"precision": "fp16"}},

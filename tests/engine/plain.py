@@ -41,22 +41,33 @@ class Plain:
     def parameters(self) -> list[Tensor]:
         return [*self.body.parameters(), *self.embedding_parameters()]
 
-    def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of each token, [B, L] fp32; inputs and targets int64 [B, L] of local ids."""
+    def hidden(self, inputs: Tensor) -> Tensor:
+        """The body's output [B, L, h] for local ids int64 [B, L], in the compute dtype."""
         rows = F.embedding(inputs, self.token)
         if self.position is not None:
             rows = rows + self.position[: inputs.shape[1]]
         weights = {name: parameter.to(self.dtype) for name, parameter in self.body.named_parameters()}
-        hidden = functional_call(self.body, weights, (rows.to(self.dtype),))
-        logits = (hidden @ self.token.to(self.dtype).t()).float()
+        return functional_call(self.body, weights, (rows.to(self.dtype),))
+
+    def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of each token, [B, L] fp32; inputs and targets int64 [B, L] of local ids."""
+        logits = (self.hidden(inputs) @ self.token.to(self.dtype).t()).float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
     def backward(self, batch: Tensor) -> float:
-        """Gradients of the mean loss over a whole batch int64 [B, L + 1]; returns the loss."""
+        """Gradients of the mean loss over a whole batch int64 [B, L + 1]; returns the loss.
+
+        In bf16 by micro-batches whose gradients are summed in fp32: each is rounded to 8 bits on its own, and those of
+        the whole batch at once are a percent or two away.
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.token_losses(batch[:, :-1], batch[:, 1:]).mean()
-        loss.backward()
-        return float(loss.detach())
+        size = self.config.training.micro_batch_size if self.dtype == torch.bfloat16 else len(batch)
+        total = 0.0
+        for piece in batch.split(size):
+            loss = self.token_losses(piece[:, :-1], piece[:, 1:]).mean() * (len(piece) / len(batch))
+            loss.backward()
+            total += float(loss.detach())
+        return total
 
     def step(
         self, batch: Tensor, learning_rate: float, embedding_learning_rate: float | None = None
@@ -70,6 +81,11 @@ class Plain:
         embedding["lr"] = learning_rate if embedding_learning_rate is None else embedding_learning_rate
         self.optimizer.step()
         return loss, float(norm)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Gradients by name, as the last backward or step left them."""
+        named = [*self.body.named_parameters(), ("token", self.token), ("position", self.position)]
+        return {name: parameter.grad for name, parameter in named if parameter is not None}
 
     def state(self) -> dict[str, Tensor]:
         """Copies of all fp32 parameters by name."""

@@ -1,10 +1,10 @@
 """What a forked rank does for the tests of the engine: several short experiments in one process, results as numpy.
 
-Each probe builds an engine of its own on the one silo that all ranks form.
+Each probe builds an engine of its own on the one silo that all ranks form: torch has one default group a process, so
+only silos of one shape can share it.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,11 @@ from torch import Tensor
 
 from megatron_dept.config.schema import RunConfig
 from megatron_dept.engine.silo_engine import SiloEngine
-from megatron_dept.engine.world import World
+from megatron_dept.engine.world import World, start_world
 from megatron_dept.topology.launch import Launch
-from tests.engine.silo import Silo, another_body, engine_config, silo_world
+from megatron_dept.topology.layout import Layout
+from tests.engine.cases import Case
+from tests.engine.silo import Silo, another_body
 
 SGD = {"optimizer": "sgd", "weight_decay": 0.01}
 ADAMW = {"optimizer": "adamw", "epsilon": 1e-2, "weight_decay": 0.01}
@@ -26,48 +28,21 @@ CLIP = 0.05
 """Far below the gradient norms here (about 1), so that clipping always bites."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """`subgroup`: ZeRO-3's sub_group_size, small to have several; `hidden` 168 has parameters that it really cuts."""
-
-    stage: int
-    precision: str
-    ranks: int
-    hidden: int = 10
-    subgroup: int | None = None
-
-    def __str__(self) -> str:
-        extra = "-wide" if self.hidden > 100 else "-subgroups" if self.subgroup else ""
-        return f"zero{self.stage}-{self.precision}-x{self.ranks}{extra}"
-
-    def config(self, **optimizer: Any) -> RunConfig:
-        return engine_config(self.stage, self.precision, self.hidden, **optimizer)
+def probe(launch: Launch, cases: Sequence[Case], names: Sequence[str]) -> dict[Case, dict[str, Any]]:
+    """The experiments called `names` (of `PROBES`) with each case in turn; all cases are of one shape."""
+    world = start_world(launch, Layout((cases[0].shape,)), 60)
+    return {case: {name: PROBES[name](case, world) for name in names} for case in cases}
 
 
-LAYOUTS = [
-    *(Layout(stage, "fp32", ranks) for stage in range(4) for ranks in (1, 2)),
-    *(Layout(stage, "bf16", ranks) for stage in (1, 2, 3) for ranks in (1, 2)),
-    *(Layout(stage, "fp32", 3) for stage in (0, 2)),
-    Layout(3, "fp32", 3, subgroup=1000),
-    Layout(3, "fp32", 2, hidden=168),
-]
-
-
-def probe(launch: Launch, layout: Layout) -> dict[str, Any]:
-    """Every experiment in turn; each name is one of `PROBES`."""
-    world = silo_world(launch)
-    return {name: experiment(layout, world) for name, experiment in PROBES.items()}
-
-
-def _silo(layout: Layout, world: World, **optimizer: Any) -> Silo:
+def _silo(case: Case, world: World, **optimizer: Any) -> Silo:
     class Engine(SiloEngine):
         def _deepspeed_config(self, config: RunConfig, elements: int) -> dict[str, Any]:
             values = super()._deepspeed_config(config, elements)
-            if layout.subgroup:
-                values["zero_optimization"]["sub_group_size"] = layout.subgroup
+            if case.subgroup:
+                values["zero_optimization"]["sub_group_size"] = case.subgroup
             return values
 
-    return Silo(layout.config(**optimizer), world, Engine)
+    return Silo(case, case.config(**optimizer), world, Engine)
 
 
 def _state(silo: Silo) -> tuple[Any, Any]:
@@ -87,9 +62,9 @@ def _token_losses(silo: Silo) -> np.ndarray:
     return silo.engine.token_losses(silo.owner.module, inputs, targets).numpy()
 
 
-def written(layout: Layout, world: World) -> dict[str, Any]:
+def written(case: Case, world: World) -> dict[str, Any]:
     """Read as built; write another body; read, forward, and one SGD step from it."""
-    silo = _silo(layout, world, **SGD)
+    silo = _silo(case, world, **SGD)
     result: dict[str, Any] = {"numel": silo.shards.numel, "segments": silo.shards.segments, "built": silo.pieces()}
     result["built losses"] = _token_losses(silo)
     silo.write(another_body(silo.config))
@@ -104,60 +79,52 @@ def written(layout: Layout, world: World) -> dict[str, Any]:
     return result
 
 
-def clipped(layout: Layout, world: World) -> dict[str, Any]:
+def clipped(case: Case, world: World) -> dict[str, Any]:
     """Two SGD steps under a clip that bites."""
-    silo = _silo(layout, world, **SGD, clip_grad=CLIP)
+    silo = _silo(case, world, **SGD, clip_grad=CLIP)
     norms = [silo.step(number, 10 * RATE, 10 * EMBEDDING_RATE).gradient_norm for number in range(2)]
     return {"norms": norms, "state": _state(silo)}
 
 
-def _several_steps(layout: Layout, world: World, **optimizer: Any) -> dict[str, Any]:
-    silo = _silo(layout, world, **optimizer)
+def _several_steps(case: Case, world: World, **optimizer: Any) -> dict[str, Any]:
+    silo = _silo(case, world, **optimizer)
     results = [silo.step(number, RATE, EMBEDDING_RATE) for number in range(3)]
     return {
         "losses": [result.loss for result in results],
         "norms": [result.gradient_norm for result in results],
+        "gradients": list(zip(silo.gradients, silo.embedding_gradients, strict=True)),
         "state": _state(silo),
+        "token losses": _token_losses(silo),
     }
 
 
-def sgd(layout: Layout, world: World) -> dict[str, Any]:
+def sgd(case: Case, world: World) -> dict[str, Any]:
     """Three SGD steps, no clipping."""
-    return _several_steps(layout, world, **SGD)
+    return _several_steps(case, world, **SGD)
 
 
-def adamw(layout: Layout, world: World) -> dict[str, Any]:
+def adamw(case: Case, world: World) -> dict[str, Any]:
     """Three AdamW steps under a clip that bites."""
-    return _several_steps(layout, world, **ADAMW, clip_grad=CLIP)
+    return _several_steps(case, world, **ADAMW, clip_grad=CLIP)
 
 
-def optimizer_state(layout: Layout, world: World) -> dict[str, Any]:
+def optimizer_state(case: Case, world: World) -> dict[str, Any]:
     """Save after two AdamW steps, go on, load, go on again; then forget all and step."""
-    silo = _silo(layout, world, **ADAMW)
+    silo = _silo(case, world, **ADAMW)
     result: dict[str, Any] = {"at start": sorted(silo.shards.optimizer_state())}
     for number in range(2):
         silo.step(number, RATE)
-    inner = {key: value.clone() for key, value in silo.shards.optimizer_state().items()}
-    own = {key: value.clone() for key, value in silo.owner.optimizer_state().items()}
-    flat, tables = silo.shards.read(), [table.detach().clone() for table in silo.owner.module.parameters()]
+    inner, own = silo.shards.optimizer_state(), silo.owner.optimizer_state()
     result["saved"] = {key: silo.pieces(value) for key, value in inner.items() if key != "step"}
     result["steps"] = (inner["step"].tolist(), own["step"].tolist())
-
-    def put_back(inner_state: dict[str, Tensor], own_state: dict[str, Tensor]) -> None:
-        silo.shards.write(flat)
-        with torch.no_grad():
-            for table, value in zip(silo.owner.module.parameters(), tables, strict=True):
-                table.copy_(value)
-        silo.shards.load_optimizer_state(inner_state)
-        silo.owner.load_optimizer_state(own_state)
-
+    back = _keeper(silo)
     silo.step(2, RATE)
     result["went on"] = _bits(silo)
-    put_back(inner, own)
+    back()
     result["loaded"] = _bits(silo)
     silo.step(2, RATE)
     result["went on again"] = _bits(silo)
-    put_back({}, {})
+    back(forget=True)
     result["at reset"] = (sorted(silo.shards.optimizer_state()), sorted(silo.owner.optimizer_state()))
     result["before reset step"] = _state(silo)
     silo.step(2, RATE)
@@ -166,12 +133,14 @@ def optimizer_state(layout: Layout, world: World) -> dict[str, Any]:
     return result
 
 
-def poisoned(layout: Layout, world: World) -> dict[str, Any]:
+def poisoned(case: Case, world: World) -> dict[str, Any]:
     """Per kind of poison: bits before and after a poisoned step, and after the next; then the same without poison."""
+    silo = _silo(case, world, **ADAMW, clip_grad=CLIP)
+    silo.step(0, RATE)
+    back = _keeper(silo)
     results = {}
     for where, poison in POISONS.items():
-        silo = _silo(layout, world, **ADAMW, clip_grad=CLIP)
-        silo.step(0, RATE)
+        back()
         before = _bits(silo)
         undo = poison(silo)
         bad = silo.step(1, RATE)
@@ -185,11 +154,27 @@ def poisoned(layout: Layout, world: World) -> dict[str, Any]:
             "after": after,
             "next": _bits(silo),
         }
-    silo = _silo(layout, world, **ADAMW, clip_grad=CLIP)
-    silo.step(0, RATE)
+    back()
     silo.step(2, RATE)
     results["never"] = {"next": _bits(silo)}
     return results
+
+
+def _keeper(silo: Silo) -> Callable[..., None]:
+    """A function that puts body and embedding back to what they are now, and both optimizers' state, or forgets it."""
+    inner = {key: value.clone() for key, value in silo.shards.optimizer_state().items()}
+    own = {key: value.clone() for key, value in silo.owner.optimizer_state().items()}
+    flat, tables = silo.shards.read(), [table.detach().clone() for table in silo.owner.module.parameters()]
+
+    def back(forget: bool = False) -> None:
+        silo.shards.write(flat)
+        with torch.no_grad():
+            for table, value in zip(silo.owner.module.parameters(), tables, strict=True):
+                table.copy_(value)
+        silo.shards.load_optimizer_state({} if forget else inner)
+        silo.owner.load_optimizer_state({} if forget else own)
+
+    return back
 
 
 def _once(value: float, on_this_rank: bool) -> Callable[[Tensor], Tensor | None]:
@@ -211,13 +196,20 @@ def _once(value: float, on_this_rank: bool) -> Callable[[Tensor], Tensor | None]
 def _poison_body(silo: Silo) -> Callable[[], None]:
     """One infinite element in one body gradient of the last rank's first micro-batch."""
     parameter = dict(silo.body.named_parameters())["layers.0.mlp.up.weight"]
-    last = silo.world.launch.rank == silo.world.launch.world_size - 1
+    last = silo.world.rank == silo.world.silo.size - 1
+    return parameter.register_hook(_once(float("inf"), last)).remove
+
+
+def _poison_copy(silo: Silo) -> Callable[[], None]:
+    """One infinite element where tensor ranks hold copies, on the last rank alone: not the copy that is counted."""
+    parameter = dict(silo.body.named_parameters())["layers.0.mlp_norm.weight"]
+    last = silo.world.rank == silo.world.silo.size - 1
     return parameter.register_hook(_once(float("inf"), last)).remove
 
 
 def _poison_embedding(silo: Silo) -> Callable[[], None]:
     """One NaN in the token table's gradient of rank 0's first micro-batch; the body's gradients are fine."""
-    return silo.owner.module.token.register_hook(_once(float("nan"), silo.world.launch.rank == 0)).remove
+    return silo.owner.module.token.register_hook(_once(float("nan"), silo.world.rank == 0)).remove
 
 
 def _poison_loss(silo: Silo) -> Callable[[], None]:
@@ -233,13 +225,13 @@ def _poison_loss(silo: Silo) -> Callable[[], None]:
     return lambda: fill(kept)
 
 
-POISONS = {"body": _poison_body, "embedding": _poison_embedding, "loss": _poison_loss}
+POISONS = {"body": _poison_body, "copy": _poison_copy, "embedding": _poison_embedding, "loss": _poison_loss}
 
 
-def asked_to_stop(layout: Layout, world: World) -> dict[str, Any]:
+def asked_to_stop(case: Case, world: World) -> dict[str, Any]:
     """The last rank alone is asked to stop in the second step."""
-    silo = _silo(layout, world, **SGD)
-    last = world.launch.rank == world.launch.world_size - 1
+    silo = _silo(case, world, **SGD)
+    last = world.rank == world.silo.size - 1
     answers = [
         silo.engine.train_step(silo.micro_batches(0), silo.owner, RATE, RATE, stop=lambda asked=asked: asked).stop
         for asked in (False, last)
@@ -247,7 +239,21 @@ def asked_to_stop(layout: Layout, world: World) -> dict[str, Any]:
     return {"stops": answers, "without": silo.step(0, RATE).stop}
 
 
-PROBES: dict[str, Callable[[Layout, World], dict[str, Any]]] = {
+def traced(case: Case, world: World) -> dict[str, Any]:
+    """Every collective that building an engine and a step touch, and the step's mean activation norm."""
+    world.ledger.trace = began = []
+    silo = _silo(case, world, **ADAMW)
+    world.ledger.trace = trained = []
+    silo.engine.train_step(silo.micro_batches(0), silo.owner, RATE, RATE)
+    world.ledger.trace = None
+    norms = [
+        silo.engine.train_step(silo.micro_batches(0), silo.owner, 0.0, 0.0, want_activation_norm=wanted).activation_norm
+        for wanted in (False, True)
+    ]
+    return {"began": began, "trained": trained, "activation norms": norms}
+
+
+PROBES: dict[str, Callable[[Case, World], dict[str, Any]]] = {
     "written": written,
     "clipped": clipped,
     "sgd": sgd,
@@ -255,4 +261,8 @@ PROBES: dict[str, Callable[[Layout, World], dict[str, Any]]] = {
     "optimizer state": optimizer_state,
     "poisoned": poisoned,
     "asked to stop": asked_to_stop,
+    "traced": traced,
 }
+
+DIFFERENTIAL = ("sgd", "adamw")
+"""What every layout runs; the other probes only some."""

@@ -1,5 +1,6 @@
 """A silo's engine in a forked rank, over a model too small to divide evenly, and its state as named numpy pieces."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -7,57 +8,37 @@ import torch
 from torch import Tensor
 
 from megatron_dept.common.seeding import generator_for, seed_for
-from megatron_dept.config.load import validate_config
 from megatron_dept.config.schema import RunConfig
 from megatron_dept.engine.embedding_owner import EmbeddingOwner
 from megatron_dept.engine.silo_engine import SiloEngine, StepResult
-from megatron_dept.engine.world import World, start_world
-from megatron_dept.models.build import build_body
+from megatron_dept.engine.world import World
+from megatron_dept.models.build import body_shapes, build_body
 from megatron_dept.models.embedding import SourceEmbedding
 from megatron_dept.models.initialise import init_rows
-from megatron_dept.topology.launch import Launch
-from megatron_dept.topology.layout import Layout
+from megatron_dept.models.parts import BodyPart
+from megatron_dept.models.vocabulary_shard import VocabularyShard
+from tests.engine.cases import BATCH, SEQUENCE, Case
 
-VOCABULARY = 13
-SEQUENCE = 8
-BATCH = 12
-"""Sequences of a step: divides into micro-batches of 2 on 1, 2 and 3 ranks, several a rank in each case."""
-
-Piece = tuple[str, int, int]
-"""Elements [start, stop) of the flattened parameter of that name."""
+Piece = tuple[str, int, int, bool]
+"""Elements [start, stop) of the flattened parameter of that name, and whether they count."""
 Pieces = dict[Piece, np.ndarray]
+Arrays = dict[str, np.ndarray]
 
 
-def engine_config(stage: int, precision: str, hidden: int = 10, **optimizer: Any) -> RunConfig:
-    """10 wide: neither the body nor most of its parameters divide by 3 ranks, so partitions are padded."""
-    return validate_config(
-        {
-            "run_dir": "unused",
-            "model": {
-                "num_layers": 2 if hidden < 100 else 1,
-                "hidden_size": hidden,
-                "num_attention_heads": 2,
-                "seq_length": SEQUENCE,
-                "init_std": 0.2 if hidden < 100 else 0.04,
-            },
-            "sources": [{"name": "none", "data": "unused"}],
-            "parallel": {"zero_stage": stage},
-            "optimizer": {"clip_grad": 0.0, **optimizer},
-            "training": {"micro_batch_size": 2, "global_batch_size": BATCH, "precision": precision},
-        },
-        "test",
-    )
+def tables(case: Case) -> tuple[Tensor, Tensor | None]:
+    """First token and position tables, whole."""
+    token = init_rows(0, case.vocabulary, case.hidden, 0.5, "token")
+    return token, init_rows(0, SEQUENCE, case.hidden, 0.5, "position") if case.family == "gpt" else None
 
 
-def tables(config: RunConfig) -> tuple[Tensor, Tensor]:
-    """First token and position tables."""
-    hidden = config.model.hidden_size
-    return init_rows(0, VOCABULARY, hidden, 0.5, "token"), init_rows(0, SEQUENCE, hidden, 0.5, "position")
-
-
-def batch(step: int) -> Tensor:
+def batch(case: Case, step: int) -> Tensor:
     """A whole step's sequences, int64 [BATCH, SEQUENCE + 1]."""
-    return torch.from_numpy(generator_for("batch", step).integers(0, VOCABULARY, (BATCH, SEQUENCE + 1)))
+    return torch.from_numpy(generator_for("batch", step).integers(0, case.vocabulary, (BATCH, SEQUENCE + 1)))
+
+
+def share(case: Case, step: int, data_rank: int) -> Tensor:
+    """A data rank's micro-batches of it: int64 [micro-batches, 2, SEQUENCE + 1]."""
+    return batch(case, step).view(-1, case.data, 2, SEQUENCE + 1)[:, data_rank]
 
 
 def another_body(config: RunConfig) -> dict[str, Tensor]:
@@ -69,21 +50,28 @@ def another_body(config: RunConfig) -> dict[str, Tensor]:
     }
 
 
-def silo_world(launch: Launch) -> World:
-    """All ranks of the launch as one silo."""
-    return start_world(launch, Layout(1, 1, launch.world_size, 1), 60)
-
-
 class Silo:
-    """An engine, an embedding, and steps on this rank's part of a batch."""
+    """An engine, an embedding, and steps on this rank's part of a batch.
 
-    def __init__(self, config: RunConfig, world: World, engine_class: type[SiloEngine] = SiloEngine) -> None:
-        self.config, self.world = config, world
-        self.body = build_body(config.model, config.seed)
+    `gradients`, `embedding_gradients`: what every step found before it clipped and stepped.
+    """
+
+    def __init__(self, case: Case, config: RunConfig, world: World, engine_class: type[SiloEngine]) -> None:
+        self.case, self.config, self.world = case, config, world
+        part = BodyPart(world.tensor, config.parallel.sequence_parallel)
+        self.body = build_body(config.model, config.seed, part=part)
         self.engine = engine_class(config, self.body, world)
         self.shards = self.engine.shards
+        shard = VocabularyShard(world.tensor, case.vocabulary, config.parallel.sequence_parallel)
+        token, position = tables(case)
         dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-        self.owner = EmbeddingOwner(SourceEmbedding(*tables(config), dtype, 7), config.optimizer, world.silo)
+        module = SourceEmbedding(
+            token[shard.start : shard.stop].clone(), None if world.place.tensor else position, dtype, 7, shard
+        )
+        self.owner = EmbeddingOwner(module, config.optimizer, world)
+        self.gradients: list[Pieces] = []
+        self.embedding_gradients: list[Arrays] = []
+        self._record_gradients()
 
     def step(self, number: int, learning_rate: float, embedding_learning_rate: float | None = None) -> StepResult:
         """An inner step on batch `number`."""
@@ -91,7 +79,7 @@ class Silo:
         return self.engine.train_step(self.micro_batches(number), self.owner, learning_rate, rate)
 
     def micro_batches(self, number: int) -> list[tuple[Tensor, Tensor]]:
-        mine = batch(number).view(-1, self.world.layout.data, 2, SEQUENCE + 1)[:, self.world.place.data]
+        mine = share(self.case, number, self.world.place.data)
         return [(piece[:, :-1].contiguous(), piece[:, 1:].contiguous()) for piece in mine]
 
     def write(self, state: dict[str, Tensor]) -> None:
@@ -105,27 +93,56 @@ class Silo:
         """This rank's partition (or another flat [n] of it) by name."""
         flat = self.shards.read() if flat is None else flat
         return {
-            (segment.name, segment.start, segment.stop): flat[segment.place].numpy().copy()
+            (segment.name, segment.start, segment.stop, segment.primary): flat[segment.place].numpy().copy()
             for segment in self.shards.segments
         }
 
-    def embedding(self) -> dict[str, np.ndarray]:
-        """Copies of the embedding's tables."""
+    def embedding(self) -> Arrays:
+        """Copies of this rank's tables."""
         return {name: table.detach().numpy().copy() for name, table in self.owner.module.named_parameters()}
 
+    def _record_gradients(self) -> None:
+        step = self.shards.step
 
-def joined(config: RunConfig, ranks: list[Pieces]) -> dict[str, Tensor]:
-    """Named tensors from all ranks' pieces; an element named by none or by two is an error."""
+        def recording(*arguments: Any) -> None:
+            self.gradients.append(self.pieces(self.shards.gradient()))
+            self.embedding_gradients.append(
+                {name: table.grad.numpy().copy() for name, table in self.owner.module.named_parameters()}
+            )
+            step(*arguments)
+
+        self.shards.step = recording  # type: ignore[method-assign]
+
+
+def joined(config: RunConfig, ranks: Sequence[Pieces]) -> dict[str, Tensor]:
+    """Named tensors from what counts of all ranks' pieces; an element named by none or by two is an error.
+
+    What does not count must be a copy, to the bit, of what does.
+    """
     whole = {}
-    for name, parameter in build_body(config.model, config.seed).named_parameters():
-        found = sorted(
-            (start, stop, piece) for pieces in ranks for (of, start, stop), piece in pieces.items() if of == name
-        )
+    for name, shape in body_shapes(config.model).items():
+        mine = [(*key[1:], piece) for pieces in ranks for key, piece in pieces.items() if key[0] == name]
         at = 0
+        found = sorted(((a, b, piece) for a, b, primary, piece in mine if primary), key=lambda found: found[:2])
         for start, stop, piece in found:
             assert start == at, f"{name}: element {min(start, at)} is named {'twice' if start < at else 'by nobody'}"
             assert len(piece) == stop - start
             at = stop
-        assert at == parameter.numel(), f"{name}: elements from {at} are named by nobody"
-        whole[name] = torch.from_numpy(np.concatenate([piece for _, _, piece in found])).view(parameter.shape)
+        assert at == np.prod(shape), f"{name}: elements from {at} are named by nobody"
+        flat = np.concatenate([piece for _, _, piece in found])
+        for start, stop, primary, piece in mine:
+            assert primary or (piece == flat[start:stop]).all(), f"{name} differs between tensor ranks"
+        whole[name] = torch.from_numpy(flat).view(shape)
     return whole
+
+
+def joined_tables(case: Case, ranks: Sequence[Arrays]) -> dict[str, Tensor]:
+    """The whole tables from the tensor ranks of the first data rank; the others' must be the same to the bit."""
+    for rank, arrays in enumerate(ranks):
+        for name, array in arrays.items():
+            assert (array == ranks[rank % case.tensor][name]).all(), f"{name} differs between data ranks"
+    first = ranks[: case.tensor]
+    names = sorted({name for arrays in first for name in arrays})
+    return {
+        name: torch.from_numpy(np.concatenate([arrays[name] for arrays in first if name in arrays])) for name in names
+    }

@@ -14,7 +14,7 @@ from tests.support.distributed import run_ranks
 
 
 def _meet(launch: Launch) -> dict[str, Any]:
-    world: World = start_world(launch, Layout(2, 1, 2, 1), 60)
+    world: World = start_world(launch, Layout.of_equal(2, 1, 2, 1), 60)
     mine = torch.tensor([float(10**launch.rank)])
     dist.all_reduce(mine)
     across = torch.tensor([float(10**launch.rank)])
@@ -23,7 +23,7 @@ def _meet(launch: Launch) -> dict[str, Any]:
         "default": (dist.get_world_size(), dist.get_rank(), float(mine)),
         "peers": (world.peers.size, world.peers.rank, float(across)),
         "everyone": world.gather_all(launch.rank),
-        "norm": world.norm(torch.full((4,), 1.0 + world.place.data)),
+        "norm": world.root_of_sum(4 * (1.0 + world.place.data) ** 2),
         "roles": (world.is_writer, world.leads_silo),
     }
 
@@ -42,7 +42,7 @@ def test_silos_are_worlds_of_their_own_and_peers_join_them() -> None:
 def _alone(launch: Launch) -> tuple[str, float]:
     began = time.monotonic()
     try:
-        start_world(Launch(0, 2, 0, 2, launch.address, launch.port), Layout(2, 1, 1, 1), 2)
+        start_world(Launch(0, 2, 0, 2, launch.address, launch.port), Layout.of_equal(2, 1, 1, 1), 2)
     except FederationError as error:
         return str(error), time.monotonic() - began
     return "no error", 0.0

@@ -3,124 +3,157 @@
 The reference keeps the whole partition in one place. `n` elements, `S` silos.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_dept.common.seeding import generator_for
-from megatron_dept.dept.outer import OuterRule
-from megatron_dept.federation.body_exchange import BodyExchange, share_size
+from megatron_dept.common.segments import Segment
+from megatron_dept.federation.body_exchange import BodyExchange, exchange_bytes, share_size
 from megatron_dept.topology.launch import Launch
 from tests.federation.groups import join_groups
+from tests.federation.outer_reference import (
+    FEDAVG,
+    NESTEROV,
+    SLOW_FEDAVG,
+    Case,
+    busy_rounds,
+    local_body,
+    reference,
+    start,
+)
 from tests.support.distributed import run_ranks
-
-FEDAVG = OuterRule("fedavg", 1.0, 0.0)
-SLOW_FEDAVG = OuterRule("fedavg", 0.3, 0.0)
-NESTEROV = OuterRule("nesterov", 0.7, 0.9)
-
-
-@dataclass(frozen=True)
-class Case:
-    """`rounds[t][s]`: sources that silo s trains and contributes in round t."""
-
-    elements: int
-    rule: OuterRule
-    rounds: tuple[tuple[int, ...], ...]
 
 
 def cases(silos: int) -> list[Case]:
     """Every size and schedule that has a way to go wrong on so many silos."""
     one_each = (1,) * silos
-    several = tuple(2 + silo % 2 for silo in range(silos))
-    one_dropped = (*one_each[:-1], 0)
-    nobody = (0,) * silos
     sizes = [1, 2, silos, 2 * silos, 3 * silos + 1, 1000, 1001]
     plain = [Case(size, rule, (one_each, one_each)) for size in sizes for rule in (FEDAVG, NESTEROV)]
-    return plain + [
-        Case(101, rule, (several, one_each, nobody, one_dropped, several)) for rule in (FEDAVG, SLOW_FEDAVG, NESTEROV)
-    ]
+    return plain + [Case(101, rule, busy_rounds(silos)) for rule in (FEDAVG, SLOW_FEDAVG, NESTEROV)]
 
 
-def start(case: int, elements: int) -> np.ndarray:
-    return generator_for("global", case).standard_normal(elements).astype(np.float32)
+Round = dict[str, Any]
+"""What an exchange holds after a round, and the bytes it cost."""
 
 
-def local_body(case: int, round: int, silo: int, source: int, elements: int) -> np.ndarray:
-    """What a local phase ends with: nothing that depends on where it began, so a wrong start cannot hide."""
-    return generator_for("local", case, round, silo, source).standard_normal(elements).astype(np.float32)
-
-
-def _exchange(launch: Launch, silos: int) -> list[list[tuple[np.ndarray, np.ndarray | None]]]:
-    """Per case and round: the partition and this silo's share of the momentum after the outer step."""
+def _exchange(launch: Launch, silos: int) -> dict[bool, list[list[Round]]]:
+    """Per way of keeping momentum, case and round: what this rank holds after the outer step."""
     groups = join_groups(launch, silos)
     silo = groups.place[0]
-    results = []
-    for number, case in enumerate(cases(silos)):
-        exchange = BodyExchange(groups.peers, torch.from_numpy(start(number, case.elements)), case.rule)
-        history = []
-        for round, counts in enumerate(case.rounds):
-            for source in range(counts[silo]):
-                exchange.add(torch.from_numpy(local_body(number, round, silo, source, case.elements)))
-            exchange.finish(sum(counts))
-            momentum = None if exchange.momentum is None else exchange.momentum.numpy().copy()
-            assert not exchange.delta.any(), "a round's delta must not reach the next"
-            history.append((exchange.value.numpy().copy(), momentum))
-        results.append(history)
+    results: dict[bool, list[list[Round]]] = {False: [], True: []}
+    for everyone, histories in results.items():
+        for number, case in enumerate(cases(silos)):
+            exchange = BodyExchange(groups.peers, torch.from_numpy(start(number, case.elements)), case.rule, everyone)
+            history: list[Round] = []
+            for round, counts in enumerate(case.rounds):
+                for source in range(counts[silo]):
+                    exchange.add(torch.from_numpy(local_body(number, round, silo, source, case.elements)))
+                groups.ledger.take()
+                if everyone and round % 2 == 0:
+                    assert_prepare_changes_nothing(exchange, sum(counts))
+                    groups.ledger.take()
+                    mean = exchange.prepare(sum(counts))
+                    sent = groups.ledger.take()
+                    exchange.commit(mean)
+                    assert not groups.ledger.take(), "commit must not talk"
+                else:
+                    exchange.finish(sum(counts))
+                    sent = groups.ledger.take()
+                assert not exchange.delta.any(), "a round's delta must not reach the next"
+                segments = [Segment("all", 0, case.elements, 0, primary=False)]
+                kept = exchange.momentum_segments(segments)
+                history.append(
+                    {
+                        "value": exchange.value.numpy().copy(),
+                        "momentum": None if exchange.momentum is None else exchange.momentum.numpy().copy(),
+                        "owned": exchange.owned(segments),
+                        "owned value": exchange.owned_value.numpy().copy(),
+                        "owned momentum": None
+                        if exchange.owned_momentum is None
+                        else exchange.owned_momentum.numpy().copy(),
+                        "kept": kept,
+                        "sent": sent,
+                    }
+                )
+            histories.append(history)
     return results
 
 
-def reference(number: int, case: Case) -> list[tuple[np.ndarray, np.ndarray]]:
-    """FedAvg and Nesterov (torch.optim.SGD's) in numpy, fp32 with one rounding an operation, sums in silo order."""
-    value = start(number, case.elements)
-    momentum = np.zeros_like(value)
-    history = []
-    for round, counts in enumerate(case.rounds):
-        per_silo = []
-        for silo, count in enumerate(counts):
-            delta = np.zeros_like(value)
-            for source in range(count):
-                delta -= local_body(number, round, silo, source, case.elements) - value
-            per_silo.append(delta)
-        if sum(counts):
-            total = per_silo[0]
-            for delta in per_silo[1:]:
-                total = total + delta
-            mean = total / np.float32(sum(counts))
-            rate, mu = np.float32(case.rule.learning_rate), np.float32(case.rule.momentum)
-            momentum = mu * momentum + mean
-            update = mean + mu * momentum if case.rule.momentum else mean
-            value = value - rate * update
-        history.append((value, momentum))
-    return history
+def assert_prepare_changes_nothing(exchange: Any, sources: int) -> None:
+    """Twice the same answer, and every bit of the state as it was: a round that fails half-way can be held again."""
+    tensors = [tensor for tensor in (exchange.value, exchange.delta, exchange.momentum) if tensor is not None]
+    before = [tensor.clone() for tensor in tensors]
+    first, second = exchange.prepare(sources), exchange.prepare(sources)
+    assert (first is None) == (second is None) == (sources == 0)
+    assert first is None or torch.equal(first, second)
+    assert all(torch.equal(left, right) for left, right in zip(before, tensors, strict=True))
+
+
+Exchanged = tuple[int, list[dict[bool, list[list[Round]]]]]
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3], ids="{} silos".format)
-def exchanged(request: pytest.FixtureRequest) -> tuple[int, list[Any]]:
+def exchanged(request: pytest.FixtureRequest) -> Exchanged:
     return request.param, run_ranks(request.param, _exchange, request.param)
 
 
-def test_body_exchange_is_numpys_to_the_bit_on_every_silo(exchanged: tuple[int, list[Any]]) -> None:
+@pytest.mark.parametrize("everyone", [False, True], ids=["shares keep momentum", "everyone keeps momentum"])
+def test_body_exchange_is_numpys_to_the_bit_on_every_silo(exchanged: Exchanged, everyone: bool) -> None:
     silos, ranks = exchanged
     for number, case in enumerate(cases(silos)):
         expected = reference(number, case)
         for silo in range(silos):
-            for round, (value, _) in enumerate(ranks[silo][number]):
-                np.testing.assert_array_equal(value, expected[round][0], err_msg=f"{case}, silo {silo}, round {round}")
+            for round, seen in enumerate(ranks[silo][everyone][number]):
+                message = f"{case}, silo {silo}, round {round}"
+                np.testing.assert_array_equal(seen["value"], expected[round][0], err_msg=message)
+                if everyone and case.rule.momentum:
+                    np.testing.assert_array_equal(seen["momentum"], expected[round][1], err_msg=message)
 
 
-def test_momentum_shares_laid_end_to_end_are_the_whole_momentum(exchanged: tuple[int, list[Any]]) -> None:
+def test_momentum_shares_laid_end_to_end_are_the_whole_momentum(exchanged: Exchanged) -> None:
     silos, ranks = exchanged
     for number, case in enumerate(cases(silos)):
         for round, (_, momentum) in enumerate(reference(number, case)):
-            shares = [ranks[silo][number][round][1] for silo in range(silos)]
+            shares = [ranks[silo][False][number][round]["momentum"] for silo in range(silos)]
             if case.rule.optimizer == "fedavg":
                 assert shares == [None] * silos
                 continue
             assert all(len(share) == share_size(case.elements, silos) for share in shares)
             np.testing.assert_array_equal(np.concatenate(shares)[: case.elements], momentum)
+
+
+@pytest.mark.parametrize("everyone", [False, True], ids=["shares keep momentum", "everyone keeps momentum"])
+def test_what_silos_own_is_the_whole_by_name_once(exchanged: Exchanged, everyone: bool) -> None:
+    silos, ranks = exchanged
+    for number, case in enumerate(cases(silos)):
+        for round, (value, momentum) in enumerate(reference(number, case)):
+            whole, whole_momentum = np.full(case.elements, np.nan), np.full(case.elements, np.nan)
+            for silo in range(silos):
+                seen = ranks[silo][everyone][number][round]
+                assert seen["kept"] == ([Segment("all", 0, case.elements, 0, False)] if everyone else seen["owned"])
+                for segment in seen["owned"]:
+                    assert segment.name == "all" and not segment.primary, "copies stay copies"
+                    place = slice(segment.start, segment.stop)
+                    assert np.isnan(whole[place]).all(), "an element is owned once"
+                    whole[place] = seen["owned value"][segment.place]
+                    if seen["owned momentum"] is not None:
+                        whole_momentum[place] = seen["owned momentum"][segment.place]
+            np.testing.assert_array_equal(whole, value)
+            if case.rule.momentum:
+                np.testing.assert_array_equal(whole_momentum, momentum)
+
+
+def test_either_way_costs_what_the_formula_says(exchanged: Exchanged) -> None:
+    silos, ranks = exchanged
+    for number, case in enumerate(cases(silos)):
+        for rank in ranks:
+            for everyone in (False, True):
+                for counts, seen in zip(case.rounds, rank[everyone][number], strict=True):
+                    expected = exchange_bytes(case.elements, silos) if sum(counts) else 0
+                    assert sum(seen["sent"].values()) == expected
+                    assert set(seen["sent"]) <= {"federation/body"}
 
 
 def test_the_reference_is_local_sgd_as_written_in_the_papers() -> None:

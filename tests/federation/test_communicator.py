@@ -11,7 +11,7 @@ from megatron_dept.common.errors import FederationError
 from megatron_dept.federation.communicator import Alone, Communicator
 from megatron_dept.federation.ledger import all_gather_bytes, all_reduce_bytes, reduce_scatter_bytes
 from megatron_dept.topology.launch import Launch
-from tests.federation.groups import join_groups
+from tests.federation.groups import Groups, join_groups, join_silos, meet, over_gloo
 from tests.support.distributed import run_ranks
 
 SECONDS_TO_NOTICE = 20.0
@@ -20,8 +20,10 @@ SECONDS_TO_NOTICE = 20.0
 
 def _collectives(launch: Launch) -> dict[str, Any]:
     """Each collective once on 3 ranks: (result, bytes that the ledger charged this rank for it)."""
-    groups = join_groups(launch, silos=3)
+    connect = over_gloo(meet(launch), launch.rank)
+    groups = join_silos(connect, "equal", launch.rank, (1, 1, 1), among_peers=True)
     peers, rank = groups.peers, launch.rank
+    groups.ledger.trace = []
     seen: dict[str, Any] = {}
 
     def record(name: str, result: Any) -> None:
@@ -35,6 +37,10 @@ def _collectives(launch: Launch) -> dict[str, Any]:
     value = torch.full((6,), float(rank))
     peers.all_reduce_sum(value, "gradient")
     record("all_reduce", value.tolist())
+    value = torch.tensor([rank, -rank, 1.0])
+    peers.all_reduce_max(value, "activation")
+    record("largest", value.tolist())
+    record("reduce_scatter", peers.reduce_scatter_sum(torch.arange(6.0) + rank, "gradient").tolist())
     value = torch.full((5,), float(rank))
     peers.broadcast(value, 1, "position")
     record("broadcast", value.tolist())
@@ -43,7 +49,23 @@ def _collectives(launch: Launch) -> dict[str, Any]:
     record("objects", peers.all_gather_object({"rank": rank, "name": "x" * rank}))
     peers.barrier()
     record("barrier", None)
+    peers.wait_for_all(lambda: None)
+    record("waiting", None)
+    seen["trace"] = groups.ledger.trace
+    seen |= _with_a_silo_of_two(join_silos(connect, "unequal", rank, (1, 2), among_peers=False))
     return seen
+
+
+def _with_a_silo_of_two(groups: Groups) -> dict[str, Any]:
+    """Slices that ranks 1 and 2 send each other do not leave their silo, though all three are one group."""
+    wide, charged = groups.wide, {}
+    wide.all_to_all(torch.zeros(9), [2, 3, 4], [2 + wide.rank] * 3, "body")
+    charged["to all"] = groups.ledger.take()
+    wide.all_gather(torch.zeros(2), "body")
+    charged["gathered"] = groups.ledger.take()
+    wide.broadcast(torch.zeros(2), 2, "body")
+    charged["told"] = groups.ledger.take()
+    return {"silo of two": charged}
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +80,8 @@ def test_collectives_return_what_ranks_sent_in_rank_order(collectives: list[dict
         assert seen["all_to_all of nothing"][0] == []
         assert seen["all_gather"][0] == [0, 10, 1, 11, 2, 12]
         assert seen["all_reduce"][0] == [3.0] * 6
+        assert seen["largest"][0] == [2, 0, 1]
+        assert seen["reduce_scatter"][0] == [6.0 * rank + 3, 6.0 * rank + 6]
         assert seen["broadcast"][0] == [1.0] * 5
         assert seen["objects"][0] == [{"rank": other, "name": "x" * other} for other in range(3)]
 
@@ -65,14 +89,49 @@ def test_collectives_return_what_ranks_sent_in_rank_order(collectives: list[dict
 def test_ledger_charges_what_leaves_a_rank(collectives: list[dict[str, Any]]) -> None:
     """By hand: the off-rank slices of an all-to-all, a gather's own slice to each other rank, a ring's all-reduce."""
     for rank, seen in enumerate(collectives):
-        charged = {name: counts for name, (_, counts) in seen.items()}
+        charged = {name: record[1] for name, record in seen.items() if isinstance(record, tuple)}
         assert charged["all_to_all"] == {"federation/body": 2 * (rank + 1) * 2 * 4}
         assert sum(charged["all_to_all of nothing"].values()) == 0
         assert charged["all_gather"] == {"federation/embedding": 2 * 2 * 2}
         assert charged["all_reduce"] == {"federation/gradient": 2 * 6 * 4 * 2 // 3}
+        assert charged["largest"] == {"federation/activation": 2 * 3 * 4 * 2 // 3}
+        assert charged["reduce_scatter"] == {"federation/gradient": 6 * 4 * 2 // 3}
         assert charged["broadcast"] == ({"federation/position": 2 * 5 * 4} if rank == 1 else {})
         assert charged["broadcast of nothing"] == {}
         assert set(charged["objects"]) == set(charged["barrier"]) == {"federation/control"}
+        assert charged["barrier"] == charged["waiting"]
+
+
+def test_what_stays_in_a_silo_is_charged_to_it_even_in_a_group_between_silos(
+    collectives: list[dict[str, Any]],
+) -> None:
+    for rank, seen in enumerate(collectives):
+        charged = seen["silo of two"]
+        near = {0: 0, 1: 4, 2: 3}[rank]
+        assert charged["to all"].get("silo/body", 0) == 4 * near
+        assert charged["to all"]["federation/body"] == 4 * (9 - [2, 3, 4][rank] - near)
+        assert charged["gathered"].get("silo/body", 0) == (8 if rank else 0)
+        assert charged["gathered"]["federation/body"] == (8 if rank else 16)
+        assert charged["told"] == ({"federation/body": 8, "silo/body": 8} if rank == 2 else {})
+
+
+def test_every_collective_is_traced_on_every_rank_with_its_members(collectives: list[dict[str, Any]]) -> None:
+    """Also where a rank sends nothing; a broadcast of nothing is none."""
+    for seen in collectives:
+        assert all(traced.scope == "federation" and traced.members == (0, 1, 2) for traced in seen["trace"])
+        assert [(traced.operation, traced.kind) for traced in seen["trace"]] == [
+            ("all_to_all", "body"),
+            ("all_to_all", "body"),
+            ("all_gather", "embedding"),
+            ("all_reduce_sum", "gradient"),
+            ("all_reduce_max", "activation"),
+            ("reduce_scatter", "gradient"),
+            ("broadcast", "position"),
+            ("all_gather", "control"),
+            ("all_gather", "control"),
+            ("all_reduce_sum", "control"),
+            ("wait_for_all", "control"),
+        ]
 
 
 def test_costs_of_collectives() -> None:
@@ -88,6 +147,8 @@ def test_alone_nothing_is_sent_and_values_stay() -> None:
     assert torch.equal(alone.all_to_all(value, [4], [4], "body"), value)
     assert torch.equal(alone.all_gather(value, "body"), value)
     alone.all_reduce_sum(value, "body")
+    alone.all_reduce_max(value, "body")
+    assert torch.equal(alone.reduce_scatter_sum(value, "body"), value)
     alone.broadcast(value, 0, "body")
     alone.barrier()
     assert value.tolist() == [0, 1, 2, 3]

@@ -1,6 +1,6 @@
-"""The row table against numpy on several layouts of silos x data: the same bits; only rows asked for cross the wire.
+"""The row table against numpy on several layouts of silos: the same bits; only rows asked for cross the wire.
 
-The reference keeps the whole table in one place. `V` rows, `h` hidden, `S` silos, `D` data ranks of each.
+The reference keeps the whole table in one place. `V` rows, `h` hidden, `S` silos of data x tensor ranks.
 """
 
 from dataclasses import dataclass
@@ -12,15 +12,52 @@ import torch
 
 from megatron_dept.common.seeding import generator_for
 from megatron_dept.dept.outer import OuterRule
+from megatron_dept.federation.row_spread import RowSpread, fetch_bytes, return_bytes
 from megatron_dept.federation.row_table import RowTable
 from megatron_dept.topology.launch import Launch
-from tests.federation.groups import join_groups
+from tests.federation.groups import Groups, join_groups, join_silos, meet, over_gloo
 from tests.support.distributed import run_ranks
 
 HIDDEN = 3
 FEDAVG = OuterRule("fedavg", 1.0, 0.0)
 NESTEROV = OuterRule("nesterov", 0.7, 0.9)
-LAYOUTS = [(1, 1), (2, 1), (2, 2), (3, 1)]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """(data, tensor) ranks of each silo, and whether rows are asked among peers alone."""
+
+    shapes: tuple[tuple[int, int], ...]
+    among_peers: bool = True
+
+    @property
+    def ranks_of_silos(self) -> tuple[int, ...]:
+        return tuple(data * tensor for data, tensor in self.shapes)
+
+    def spread(self, rows: int) -> RowSpread:
+        if self.among_peers:
+            return RowSpread.of_peers(rows, len(self.shapes), self.ranks_of_silos[0])
+        return RowSpread.of_all(rows, self.ranks_of_silos)
+
+    def __str__(self) -> str:
+        silos = " + ".join("{}x{}".format(*shape) for shape in self.shapes)
+        return silos if self.among_peers else f"{silos} of all"
+
+
+RANKS = 4
+LAYOUTS = [
+    Layout(((1, 1),)),
+    Layout(((1, 1),) * 2),
+    Layout(((2, 1),) * 2),
+    Layout(((1, 1),) * 3),
+    Layout(((1, 2),) * 2),
+    Layout(((2, 2),)),
+    Layout(((1, 3),)),
+    Layout(((2, 1), (1, 1)), among_peers=False),
+    Layout(((1, 1), (1, 3)), among_peers=False),
+    Layout(((2, 1), (1, 2)), among_peers=False),
+    Layout(((1, 1), (1, 2), (1, 1)), among_peers=False),
+]
 
 Ids = tuple[int, ...]
 
@@ -39,9 +76,22 @@ Slot = tuple[Turn | None, ...]
 
 @dataclass(frozen=True)
 class Case:
+    """`first_tensor_rank`: it alone holds all rows of a source, as of positions; else tensor ranks share them."""
+
     total_rows: int
     rule: OuterRule
     rounds: tuple[tuple[Slot, ...], ...]
+    first_tensor_rank: bool = False
+
+    def needs(self, shape: tuple[int, int], rows: int) -> list[range]:
+        """By rank of a silo, the positions it holds of so many ids: uneven, the first ranks have one more."""
+        data, tensor = shape
+        if self.first_tensor_rank:
+            shares = [range(rows), *[range(0)] * (tensor - 1)]
+        else:
+            sizes = [rows // tensor + (rank < rows % tensor) for rank in range(tensor)]
+            shares = [range(sum(sizes[:rank]), sum(sizes[: rank + 1])) for rank in range(tensor)]
+        return shares * data
 
 
 def cases(silos: int) -> list[Case]:
@@ -73,7 +123,12 @@ def cases(silos: int) -> list[Case]:
         (glob, glob),
     )
     few = (tuple(Turn((0, 1)) for _ in range(silos)),)
-    return [Case(rows, FEDAVG, rounds), Case(rows, NESTEROV, rounds), Case(2, NESTEROV, (few, few))]
+    return [
+        Case(rows, FEDAVG, rounds),
+        Case(rows, NESTEROV, rounds),
+        Case(2, NESTEROV, (few, few)),
+        Case(rows, NESTEROV, rounds[:4], first_tensor_rank=True),
+    ]
 
 
 def initial(case: int, rows: int) -> np.ndarray:
@@ -97,8 +152,8 @@ class Report:
     made: tuple[int, int]
 
 
-def _run_case(launch: Launch, groups: Any, number: int, case: Case) -> Report:
-    silo = groups.place[0]
+def _run_case(layout: Layout, groups: Groups, number: int, case: Case) -> Report:
+    silo, rank = groups.place
     table = initial(number, case.total_rows)
     made: list[tuple[int, int]] = []
 
@@ -106,7 +161,10 @@ def _run_case(launch: Launch, groups: Any, number: int, case: Case) -> Report:
         made.append((start, stop))
         return torch.from_numpy(table[start:stop].copy())
 
-    rows = RowTable("embedding", case.total_rows, HIDDEN, groups.peers, groups.silo, case.rule, initial_rows)
+    shape = layout.shapes[silo]
+    wide = groups.peers if layout.among_peers else groups.wide
+    spread = layout.spread(case.total_rows)
+    rows = RowTable("embedding", HIDDEN, spread, wide, groups.silo, shape[1], case.rule, initial_rows)
     assert len(made) == 1, "initial rows are made once"
     report = Report([], [], [], rows.first, [], [], made[0])
     groups.ledger.take()
@@ -114,10 +172,13 @@ def _run_case(launch: Launch, groups: Any, number: int, case: Case) -> Report:
         for index, slot in enumerate(slots):
             turn = slot[silo]
             ids = torch.tensor(turn.ids if turn else (), dtype=torch.int64)
-            report.gathered.append(rows.gather(ids).numpy().copy())
+            need = case.needs(shape, len(ids))[rank]
+            report.gathered.append(rows.gather(ids, need).numpy().copy())
             report.gather_bytes.append(groups.ledger.take())
             given = ids if turn and not turn.dropped else ids[:0]
-            rows.accumulate(given, torch.from_numpy(deltas(number, round, index, silo, len(given))))
+            need = case.needs(shape, len(given))[rank]
+            moved = torch.from_numpy(deltas(number, round, index, silo, len(given)))
+            rows.accumulate(given, moved[need.start : need.stop], need)
             report.scatter_bytes.append(groups.ledger.take())
         rows.apply()
         assert not rows.pending.sums.any() and not rows.pending.counts.any(), "a round must not reach the next"
@@ -126,9 +187,17 @@ def _run_case(launch: Launch, groups: Any, number: int, case: Case) -> Report:
     return report
 
 
-def _run(launch: Launch, silos: int, data: int) -> list[Report]:
-    groups = join_groups(launch, silos, data)
-    return [_run_case(launch, groups, number, case) for number, case in enumerate(cases(silos))]
+def _run(launch: Launch) -> list[list[Report]]:
+    """Every layout in turn, on as many of the ranks as it has."""
+    connect = over_gloo(meet(launch), launch.rank)
+    results: list[list[Report]] = []
+    for layout in LAYOUTS:
+        results.append([])
+        if launch.rank < sum(layout.ranks_of_silos):
+            groups = join_silos(connect, str(layout), launch.rank, layout.ranks_of_silos, layout.among_peers)
+            every = enumerate(cases(len(layout.shapes)))
+            results[-1] = [_run_case(layout, groups, number, case) for number, case in every]
+    return results
 
 
 @dataclass
@@ -160,13 +229,27 @@ def reference(number: int, case: Case) -> list[Expected]:
     return history
 
 
-@pytest.fixture(scope="module", params=LAYOUTS, ids=lambda layout: "{} silos x {}".format(*layout))
-def ran(request: pytest.FixtureRequest) -> tuple[int, int, list[list[Report]]]:
-    silos, data = request.param
-    return silos, data, run_ranks(silos * data, _run, silos, data)
+@pytest.fixture(scope="module")
+def every() -> list[list[list[Report]]]:
+    return run_ranks(RANKS, _run)
 
 
-Ran = tuple[int, int, list[list[Report]]]
+Ran = tuple[Layout, list[list[Report]]]
+
+
+@pytest.fixture(params=range(len(LAYOUTS)), ids=[str(layout) for layout in LAYOUTS])
+def ran(request: pytest.FixtureRequest, every: list[list[list[Report]]]) -> Ran:
+    layout = LAYOUTS[request.param]
+    return layout, [every[rank][request.param] for rank in range(sum(layout.ranks_of_silos))]
+
+
+def place(layout: Layout, rank: int) -> tuple[int, int]:
+    """(silo, rank in it), counted by hand."""
+    silo = 0
+    while rank >= layout.ranks_of_silos[silo]:
+        rank -= layout.ranks_of_silos[silo]
+        silo += 1
+    return silo, rank
 
 
 def whole(reports: list[Report], of: Any) -> np.ndarray:
@@ -180,8 +263,8 @@ def whole(reports: list[Report], of: Any) -> np.ndarray:
 
 
 def test_rows_and_momentum_are_numpys_to_the_bit(ran: Ran) -> None:
-    silos, _, ranks = ran
-    for number, case in enumerate(cases(silos)):
+    layout, ranks = ran
+    for number, case in enumerate(cases(len(layout.shapes))):
         reports = [reports[number] for reports in ranks]
         for round, expected in enumerate(reference(number, case)):
             np.testing.assert_array_equal(whole(reports, lambda r, t=round: r.rows[t]), expected.table)
@@ -191,22 +274,25 @@ def test_rows_and_momentum_are_numpys_to_the_bit(ran: Ran) -> None:
                 assert all(report.momentum[round] is None for report in reports)
 
 
-def test_every_data_rank_gathers_the_rows_as_they_stood_at_the_rounds_start(ran: Ran) -> None:
-    silos, data, ranks = ran
-    for number, case in enumerate(cases(silos)):
+def test_every_rank_gathers_its_rows_as_they_stood_at_the_rounds_start(ran: Ran) -> None:
+    layout, ranks = ran
+    for number, case in enumerate(cases(len(layout.shapes))):
         starts = [initial(number, case.total_rows), *(after.table for after in reference(number, case))]
         for rank, reports in enumerate(ranks):
+            silo, inside = place(layout, rank)
             gathered = iter(reports[number].gathered)
             for round, slots in enumerate(case.rounds):
                 for slot in slots:
-                    turn = slot[rank // data]
-                    np.testing.assert_array_equal(next(gathered), starts[round][list(turn.ids) if turn else []])
+                    turn = slot[silo]
+                    ids = list(turn.ids) if turn else []
+                    need = case.needs(layout.shapes[silo], len(ids))[inside]
+                    np.testing.assert_array_equal(next(gathered), starts[round][ids][need.start : need.stop])
 
 
 def test_a_row_held_by_none_is_unchanged_to_the_bit(ran: Ran) -> None:
     """Implied by the reference; said again by itself, because it is the promise of TRIM."""
-    silos, _, ranks = ran
-    number, case = 1, cases(silos)[1]
+    layout, ranks = ran
+    number, case = 1, cases(len(layout.shapes))[1]
     reports = [reports[number] for reports in ranks]
     before, momentum = initial(number, case.total_rows), np.zeros((case.total_rows, HIDDEN), np.float32)
     untouched = 0
@@ -225,35 +311,67 @@ def test_a_row_held_by_none_is_unchanged_to_the_bit(ran: Ran) -> None:
     assert untouched > case.total_rows, "rounds must leave rows alone, among them rows with momentum"
 
 
-def test_only_rows_asked_from_other_silos_are_charged(ran: Ran) -> None:
-    """Between silos: rows asked outside x h x 4 bytes, to fetch and again to return; inside: to other data ranks."""
-    silos, data, ranks = ran
-    for number, case in enumerate(cases(silos)):
-        block = -(-case.total_rows // (silos * data))
+def by_hand(layout: Layout, case: Case, silo: int, ids: Ids) -> tuple[dict[str, int], dict[str, int]]:
+    """Rows that cross to fetch and to return, by link: row by row, from who fetches, who owns and who holds it."""
+    silos, sizes = len(layout.shapes), layout.ranks_of_silos
+    block = -(-case.total_rows // sum(sizes))
+    tensor = layout.shapes[silo][1]
+    needs = case.needs(layout.shapes[silo], len(ids))
+    fetched, returned = {"federation": 0, "silo": 0}, {"federation": 0, "silo": 0}
+    for position, row in enumerate(ids):
+        if layout.among_peers:
+            fetcher, owner_silo = divmod(row // block, silos)
+            owner = fetcher
+        else:
+            owner_silo, owner = place(layout, row // block)
+            fetcher = next(e for e in range(sizes[silo]) if position < len(ids) * (e + 1) // sizes[silo])
+        for rows in (fetched, returned):
+            if owner_silo != silo:
+                rows["federation"] += 1
+            elif owner != fetcher:
+                rows["silo"] += 1
+        fetched["silo"] += sum(position in need for rank, need in enumerate(needs) if rank != fetcher)
+        held_by = next(t for t in range(tensor) if position in needs[t])
+        returned["silo"] += held_by != fetcher % tensor
+    return fetched, returned
+
+
+def test_only_rows_asked_are_charged_and_the_formulas_say_how_many(ran: Ran) -> None:
+    """Between silos rows asked outside, once to fetch and once to return; inside what ranks hand one another."""
+    layout, ranks = ran
+    for number, case in enumerate(cases(len(layout.shapes))):
+        spread = layout.spread(case.total_rows)
         turn_number = 0
         for slots in case.rounds:
             for slot in slots:
-                fetched = returned = shared = 0
+                fetched, returned = {"federation": 0, "silo": 0}, {"federation": 0, "silo": 0}
+                told, told_back = dict(fetched), dict(fetched)
                 for silo, turn in enumerate(slot):
                     if turn is None:
                         continue
-                    outside = sum(row // block % silos != silo for row in turn.ids)
-                    fetched += outside * HIDDEN * 4
-                    returned += 0 if turn.dropped else outside * HIDDEN * 4
-                    shared += len(turn.ids) * (data - 1) * HIDDEN * 4
+                    needs, ids = case.needs(layout.shapes[silo], len(turn.ids)), np.array(turn.ids, np.int64)
+                    out, back = by_hand(layout, case, silo, turn.ids)
+                    formula = fetch_bytes(spread, silo, ids, needs, HIDDEN)
+                    formula_back = return_bytes(spread, silo, ids, needs, layout.shapes[silo][1], HIDDEN)
+                    for scope in ("federation", "silo"):
+                        fetched[scope] += out[scope] * HIDDEN * 4
+                        told[scope] += formula[scope]
+                        if not turn.dropped:
+                            returned[scope] += back[scope] * HIDDEN * 4
+                            told_back[scope] += formula_back[scope]
+                assert (told, told_back) == (fetched, returned)
                 gathers = [reports[number].gather_bytes[turn_number] for reports in ranks]
                 scatters = [reports[number].scatter_bytes[turn_number] for reports in ranks]
-                assert sum(counts.get("federation/embedding", 0) for counts in gathers) == fetched
-                assert sum(counts.get("silo/embedding", 0) for counts in gathers) == shared
-                assert sum(counts.get("federation/embedding", 0) for counts in scatters) == returned
-                assert sum(counts.get("silo/embedding", 0) for counts in scatters) == 0
+                for scope in ("federation", "silo"):
+                    assert sum(counts.get(f"{scope}/embedding", 0) for counts in gathers) == fetched[scope]
+                    assert sum(counts.get(f"{scope}/embedding", 0) for counts in scatters) == returned[scope]
                 turn_number += 1
 
 
 def test_a_rank_makes_and_keeps_its_own_block_alone(ran: Ran) -> None:
-    silos, data, ranks = ran
-    for number, case in enumerate(cases(silos)):
-        most = -(-case.total_rows // (silos * data))
+    layout, ranks = ran
+    for number, case in enumerate(cases(len(layout.shapes))):
+        most = -(-case.total_rows // sum(layout.ranks_of_silos))
         assert sum(len(reports[number].rows[0]) for reports in ranks) == case.total_rows
         for reports in ranks:
             start, stop = reports[number].made
@@ -262,10 +380,13 @@ def test_a_rank_makes_and_keeps_its_own_block_alone(ran: Ran) -> None:
 
 def _another_kind(launch: Launch) -> dict[str, int]:
     groups = join_groups(launch, silos=2)
-    table = RowTable("position", 4, HIDDEN, groups.peers, groups.silo, FEDAVG, lambda a, b: torch.zeros(b - a, HIDDEN))
-    table.gather(torch.arange(4), "evaluation")
+    spread = RowSpread.of_peers(4, 2, 1)
+    table = RowTable(
+        "position", HIDDEN, spread, groups.peers, groups.silo, 1, FEDAVG, lambda a, b: torch.zeros(b - a, HIDDEN)
+    )
+    table.gather(torch.arange(4), range(4), "evaluation")
     taken = groups.ledger.take()
-    table.gather(torch.arange(4))
+    table.gather(torch.arange(4), range(4))
     return taken | {f"then {kind}": count for kind, count in groups.ledger.take().items()}
 
 

@@ -56,7 +56,7 @@ def test_alibi_equals_attention_written_out(make_config, randomised):
     """One layer's attention against softmax(q k / sqrt(d) - slope (i - j)) v in plain loops over heads."""
     config = make_config("gpt-alibi")
     body = randomised(config)
-    attention = body.layers[0].attention
+    attention = body.layers["0"].attention
     hidden = torch.randn(1, 7, config.hidden_size)
     query, key, value = (
         torch.nn.functional.linear(hidden[0], weight, bias).view(7, config.num_attention_heads, -1)

@@ -34,9 +34,9 @@ def test_a_deeper_body_has_the_same_first_layers(make_config):
 def test_a_part_of_a_body_is_initialised_as_in_the_whole(make_config):
     config = make_config()
     whole = build_body(config, seed=7)
-    part = build_body(config, seed=8).layers[1]
+    part = build_body(config, seed=8).layers["1"]
     initialise_body(part, config, seed=7, prefix="layers.1.")
-    for (name, left), right in zip(part.named_parameters(), whole.layers[1].parameters(), strict=True):
+    for (name, left), right in zip(part.named_parameters(), whole.layers["1"].parameters(), strict=True):
         assert torch.equal(left, right), name
 
 

@@ -35,7 +35,7 @@ def test_slopes_are_those_of_the_authors_for_any_head_count(heads):
 
 
 def test_bias_is_slope_times_distance_and_hides_the_future():
-    bias = alibi_bias(4, 5, CPU, torch.float32)
+    bias = alibi_bias(alibi_slopes(4), 5, CPU, torch.float32)
     assert bias.shape == (1, 4, 5, 5)
     for head, slope in enumerate(alibi_slopes(4)):
         for i in range(5):
@@ -44,7 +44,7 @@ def test_bias_is_slope_times_distance_and_hides_the_future():
 
 
 def test_bias_in_bf16_is_exact_for_near_keys_far_into_a_sequence():
-    bias = alibi_bias(2, 1000, CPU, torch.bfloat16)
+    bias = alibi_bias(alibi_slopes(2), 1000, CPU, torch.bfloat16)
     # Slopes are powers of two, so distances up to 2^8 are exact in bf16's eight bits wherever the query is.
     expected = -alibi_slopes(2)[0] * torch.arange(200, -1, -1).float()
     assert torch.equal(bias[0, 0, 999, 799:].float(), expected)

@@ -57,4 +57,4 @@ def test_loss_and_its_gradients_are_equal(pair):
     first = {"gpt2": "transformer.h.0.ln_1.weight", "llama": "model.layers.0.input_layernorm.weight"}
     theirs = stock.get_parameter(first[stock.config.model_type]).grad
     # Behind every layer: a few times the rounding.
-    assert (body.layers[0].attention_norm.weight.grad - theirs).norm() < 1e-4 * theirs.norm()
+    assert (body.layers["0"].attention_norm.weight.grad - theirs).norm() < 1e-4 * theirs.norm()

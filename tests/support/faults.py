@@ -5,8 +5,9 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -46,14 +47,40 @@ def dies_in_exchange(rank: int, round: int) -> Fault:
     return partial(_dies_in_exchange, rank, round)
 
 
+def dies_in_pack(rank: int, slot: int) -> Fault:
+    """`rank` is killed as it takes its body's delta at the end of its `slot`-th slot (counted from 0)."""
+    return partial(_dies_in_pack, rank, slot)
+
+
+def dies_sending(rank: int, kind: str, operation: str, call: int) -> Fault:
+    """`rank` is killed in its `call`-th (from 0) collective `operation` of payload `kind`, when others wait for it."""
+    return partial(_dies_sending, rank, kind, operation, call)
+
+
+def dies_in_save(rank: int, save: int) -> Fault:
+    """`rank` is killed in its `save`-th checkpoint (counted from 0), half of its part written."""
+    return partial(_dies_in_save, rank, save)
+
+
+def dies_in_commit(rank: int, save: int) -> Fault:
+    """`rank`, which commits, is killed in its `save`-th checkpoint (from 0): all parts written, the manifest not."""
+    return partial(_dies_in_commit, rank, save)
+
+
+def freezes(rank: int, step: int) -> Fault:
+    """`rank` is stopped (SIGSTOP) as its `step`-th inner step (counted from 0) begins: its connections stay open."""
+    return partial(_at_step, rank, step, _freeze)
+
+
 def sleeps(rank: int, step: int, seconds: float) -> Fault:
     """`rank` takes so long for its `step`-th inner step (counted from 0), in no collective."""
     return partial(_at_step, rank, step, partial(time.sleep, seconds))
 
 
-def impatient(poll: float, grace: float) -> Fault:
-    """Every rank looks for others' failures this often, and waits this long for itself to find out."""
-    return partial(_impatient, poll, grace)
+def impatient(beat: float, silence: float, grace: float) -> Fault:
+    """Every rank shows life and looks for others this often, takes one that is silent for `silence` s for gone, and
+    waits `grace` s for itself to find out."""
+    return partial(_impatient, beat, silence, grace)
 
 
 def together(*faults: Fault) -> Fault:
@@ -66,10 +93,10 @@ def _together(faults: tuple[Fault, ...], launch: Launch) -> None:
         fault(launch)
 
 
-def _impatient(poll: float, grace: float, launch: Launch) -> None:
-    from megatron_dept.training import signals
+def _impatient(beat: float, silence: float, grace: float, launch: Launch) -> None:
+    from megatron_dept.training import watch
 
-    signals.POLL_SECONDS, signals.GRACE_SECONDS = poll, grace
+    watch.BEAT_SECONDS, watch.SILENCE_SECONDS, watch.GRACE_SECONDS = beat, silence, grace
 
 
 def is_sent(number: int, rank: int, step: int, times: int = 1) -> Fault:
@@ -119,6 +146,76 @@ def _dies_in_exchange(rank: int, round: int, launch: Launch) -> None:
     BodyExchange.finish = last  # type: ignore[method-assign]
 
 
+def _dies_in_pack(rank: int, slot: int, launch: Launch) -> None:
+    from megatron_dept.federation.body_exchange import BodyExchange
+
+    if launch.rank == rank:
+        _dies_at_call(BodyExchange, "add", slot)
+
+
+def _dies_sending(rank: int, kind: str, operation: str, call: int, launch: Launch) -> None:
+    from megatron_dept.federation.communicator import CountedCommunicator
+
+    if launch.rank != rank:
+        return
+    calls = -1
+    whole = getattr(CountedCommunicator, operation)
+
+    def last(self: CountedCommunicator, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += self._scope == "federation" and kind in (*args, *kwargs.values())
+        if calls == call:
+            time.sleep(0.2)
+            _die()
+        return whole(self, *args, **kwargs)
+
+    setattr(CountedCommunicator, operation, last)
+
+
+def _dies_in_save(rank: int, save: int, launch: Launch) -> None:
+    from megatron_dept.checkpoint import writer
+
+    if launch.rank != rank:
+        return
+    saves = -1
+    whole = writer.save_slices
+
+    def half(path: Path, tensors: Mapping[str, Tensor]) -> None:
+        nonlocal saves
+        saves += 1
+        whole(path, tensors)
+        if saves == save:
+            os.truncate(path, path.stat().st_size // 2)
+            _die()
+
+    writer.save_slices = half
+
+
+def _dies_in_commit(rank: int, save: int, launch: Launch) -> None:
+    from megatron_dept.checkpoint import writer
+
+    if launch.rank == rank:
+        _dies_at_call(writer, "write_json", save)
+
+
+def _dies_at_call(owner: Any, name: str, call: int) -> None:
+    calls = -1
+    whole = getattr(owner, name)
+
+    def last(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            _die()
+        return whole(*args)
+
+    setattr(owner, name, last)
+
+
+def _freeze() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def _die() -> NoReturn:
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("a killed process goes no further")
@@ -154,11 +251,11 @@ def _nan_gradients(source: str, steps: frozenset[int], launch: Launch) -> None:
     poisoned = False
     step, loss = Trainer._step, SourceEmbedding.loss
 
-    def watched(self: Trainer, local: Any, trained: Any, held: Any) -> None:
+    def watched(self: Trainer, local: Any, trained: Any) -> None:
         nonlocal poisoned
         sequential = self.progress.round * self._config.dept.n_local + local.step
         poisoned = trained.name == source and sequential in steps
-        step(self, local, trained, held)
+        step(self, local, trained)
 
     def poisonous(self: SourceEmbedding, hidden: Tensor, targets: Tensor) -> Tensor:
         value: Tensor = loss(self, hidden, targets)

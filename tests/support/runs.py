@@ -11,7 +11,7 @@ from megatron_dept.config.load import validate_config
 from megatron_dept.config.schema import RunConfig
 from megatron_dept.topology.launch import Launch
 from tests.support.corpus import Corpus
-from tests.support.distributed import run_ranks
+from tests.support.distributed import free_port, run_ranks
 
 
 def small_config(corpus: Corpus, run_dir: Path, **sections: Any) -> RunConfig:
@@ -45,6 +45,22 @@ def train_rank(launch: Launch, config: RunConfig) -> bool:
     from megatron_dept.training.setup import run
 
     return run(config, launch)
+
+
+def train_sites(configs: list[RunConfig], ranks: list[int]) -> list[bool]:
+    """Each configuration as a launch of its own, of so many ranks, all at once; what each rank returned."""
+    ports = [free_port() for _ in configs]
+    return run_ranks(sum(ranks), train_site_rank, configs, ranks, ports)
+
+
+def train_site_rank(launch: Launch, configs: list[RunConfig], ranks: list[int], ports: list[int]) -> bool:
+    """One rank of `train_sites`."""
+    rank = launch.rank
+    for config, size, port in zip(configs, ranks, ports, strict=True):
+        if rank < size:
+            return train_rank(Launch(rank, size, rank, size, "127.0.0.1", port), config)
+        rank -= size
+    raise AssertionError("ranks are counted")
 
 
 def metrics(run_dir: Path, kind: str) -> list[dict[str, Any]]:

@@ -143,7 +143,9 @@ def _write_plan(run: Path, baseline: bool) -> None:
     trimmed, own = dict(zip(SOURCES, TRIMMED, strict=True)), dict.fromkeys(SOURCES, OWN)
     sizes = {"glob": whole, "trim": trimmed, "spec": trimmed, "spec_opt": own, "std": whole, "act": whole}
     plan = {
-        "layout": {"silos": 1, "data": 2} if baseline else {"silos": SILOS, "data": 1},
+        "layout": {"silos": 1, "shapes": [{"data": 2}]}
+        if baseline
+        else {"silos": SILOS, "shapes": [{"data": 1}] * SILOS},
         "variants": {variant: {"vocabulary_sizes": of_sources} for variant, of_sources in sizes.items()},
     }
     (run / "plan.json").write_text(json.dumps(plan))

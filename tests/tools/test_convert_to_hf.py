@@ -78,7 +78,9 @@ def write_run(root: Path, data: Path, variant: str, trained: tuple[str, ...] = (
         "body_shapes": {name: list(parameter.shape) for name, parameter in body.items()},
         "sources": sources,
     }
-    save_checkpoint(root / "checkpoints" / "step-00000010", 0, lambda value: [value], tensors, [], manifest, 2)
+    save_checkpoint(
+        root / "checkpoints" / "step-00000010", 0, range(1), lambda value: [value], tensors, [], manifest, 2
+    )
     return root
 
 

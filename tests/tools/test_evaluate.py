@@ -100,7 +100,7 @@ class World:
             },
         }
         target = directory / "checkpoints" / "step-00000010"
-        save_checkpoint(target, 0, lambda value: [value], tensors, [], manifest, keep_last=2)
+        save_checkpoint(target, 0, range(1), lambda value: [value], tensors, [], manifest, keep_last=2)
         return directory
 
 

@@ -131,6 +131,8 @@ def test_a_bug_in_one_rank_ends_all_of_them(corpus, tmp_path):
 def test_a_rank_far_from_any_meeting_hears_of_a_failure(corpus, tmp_path):
     """Rank 0 computes for a minute and shares no collective with rank 1, which fails: it is ended all the same."""
     config = two_sources(corpus, tmp_path / "run")
-    fault = together(impatient(poll=0.1, grace=0.3), sleeps(rank=0, step=1, seconds=60), bug(rank=1, step=1))
+    fault = together(
+        impatient(beat=0.1, silence=15, grace=0.3), sleeps(rank=0, step=1, seconds=60), bug(rank=1, step=1)
+    )
     with pytest.raises(AssertionError, match="^rank 0 died without a word$"):
         run_command(config, 2, fault=fault, limit=30)

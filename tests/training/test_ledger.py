@@ -110,11 +110,12 @@ def test_std_pays_for_gradients_every_step(finished: Finished, corpus: Corpus, s
     config = small_config(corpus, run_dir)
     body = sum(parameter.numel() for parameter in build_body(config.model, 0).parameters())
     tables = (vocabulary_size(config) + config.model.seq_length) * config.model.hidden_size
-    for entry in ledger(run_dir):
+    for number, entry in enumerate(ledger(run_dir)):
         per_step = entry["groups"]["silo/gradient"] / dept["n_local"] / 4
         least, most = (2 if stage == 0 else 1) * body + 2 * tables, 2 * body + 2 * tables
         assert least <= per_step <= most * 1.02, "2 % for padding and for norms reduced beside"
-        assert (entry["groups"].get("silo/parameter", 0) > 0) == (stage > 0)
+        # Before the first step DeepSpeed gives every data rank the first one's parameters.
+        assert (entry["groups"].get("silo/parameter", 0) > 0) == (stage > 0 or number == 0)
         assert not any(key.startswith("federation/") for key in entry["groups"])
 
 
@@ -143,6 +144,7 @@ def test_the_plan_itemises_the_bodys_padding(corpus: Corpus, tmp_path: Path) -> 
     shares = 2 * -(-padded // 3 // 2) * 3
     assert entry["body_bytes_itemised"] == {
         "formula": moved * body,
+        "copies_of_tensor_ranks": 0,
         "partition_padding": moved * (padded - body),
         "share_padding": moved * (shares - padded),
     }

@@ -23,17 +23,24 @@ class Layout:
     silos: int
     data: int = 1
     stage: int = 1
+    tensor: int = 1
+    pipe: int = 1
 
     @property
     def ranks(self) -> int:
-        return self.silos * self.data
+        return self.silos * self.data * self.tensor * self.pipe
 
     @property
     def parallel(self) -> dict[str, int]:
-        return {"silos": self.silos, "zero_stage": self.stage}
+        return {
+            "silos": self.silos,
+            "zero_stage": self.stage,
+            "tensor_model_parallel_size": self.tensor,
+            "pipeline_model_parallel_size": self.pipe,
+        }
 
     def __str__(self) -> str:
-        return f"{self.silos}x{self.data}-zero{self.stage}"
+        return f"{self.silos}x{self.pipe}x{self.data}x{self.tensor}-zero{self.stage}"
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,11 @@ CASES = {
     "one data rank to two": Case(Layout(1, stage=3), Layout(1, 2, stage=3), Stop(0, 8), "spec"),
     "data ranks become silos": Case(Layout(1, 2, stage=3), Layout(2, stage=1), Stop(0, 2), "trim"),
     "silos of two to a silo of two": Case(Layout(2, 2, stage=3), Layout(1, 2, stage=0), Stop(0, 2), "glob"),
+    "eight ranks to one process, mid-slot": Case(Layout(2, 2, tensor=2), Layout(1, stage=3), Stop(0, 2), "spec"),
+    "one process to eight ranks, at the boundary": Case(Layout(1), Layout(2, 2, pipe=2), None),
+    "pipeline to tensor ranks, second slot": Case(Layout(1, pipe=2), Layout(1, tensor=2, stage=3), Stop(0, 5), "glob"),
+    "tensor ranks to a pipeline, mid-slot": Case(Layout(2, tensor=2), Layout(1, 2, pipe=2), Stop(0, 2), "spec_opt"),
+    "std, tensor ranks to a pipeline": Case(Layout(1, tensor=2, stage=2), Layout(1, pipe=2), Stop(0, 4), "std", {}),
     "std, two data ranks to one": Case(Layout(1, 2, stage=3), Layout(1), Stop(0, 4), "std", {}),
     "act, one to two": Case(Layout(1), Layout(1, 2, stage=2), Stop(0, 5), "act", {}),
 }
@@ -132,10 +144,10 @@ def test_local_phases_that_wait_for_their_turn_are_carried_over(
 
 
 def test_a_checkpoint_is_the_same_whatever_ranks_wrote_it(finished: Finished) -> None:
-    """Names, shapes and vocabularies in a final checkpoint do not depend on silos, data ranks or ZeRO."""
+    """Names, shapes and vocabularies in a final checkpoint do not depend on silos, stages, data, tensor ranks or ZeRO."""
     case = CASES["two data ranks to one"]
     shapes = []
-    for layout in (Layout(1), Layout(1, 2, stage=2), Layout(2, stage=3), Layout(2, 2, stage=3)):
+    for layout in (Layout(1), Layout(1, 2, stage=2), Layout(2, 2, stage=3), Layout(1, pipe=2, tensor=2)):
         state = whole_state(Checkpoint.open(finished(layout.ranks, **case.sections(layout))))
         shapes.append({path: (tensor.dtype, tuple(tensor.shape)) for path, tensor in state.items()})
     assert shapes[0] == shapes[1] == shapes[2] == shapes[3]

@@ -155,7 +155,8 @@ def _exchanging_ranks(record: RunRecord) -> int | None:
     """Silos; for a synchronous run its data-parallel ranks, which its plan tells."""
     if record.plan is None:
         return None
-    return int(record.plan["layout"]["data" if record.baseline else "silos"])
+    layout = record.plan["layout"]
+    return int(layout["shapes"][0]["data"] if record.baseline else layout["silos"])
 
 
 def _ratio(their_bytes: int | None, their_units: int | None, bytes_sent: int, units: int) -> float | None:

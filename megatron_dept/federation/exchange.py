@@ -1,0 +1,80 @@
+"""What a round needs of an outer exchange of the body, whether silos are cut alike (`body_exchange`) or not.
+
+`n`: elements of this rank's fp32 partition of the body. Where the exchange was built with `everyone_keeps_momentum`,
+every rank runs the outer step on its whole partition, so that no state is lost with a silo, and a round may end in two
+halves: `prepare` talks and changes nothing, `commit` changes and says nothing.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_dept.common.segments import Segment
+from megatron_dept.dept.outer import OuterRule, needs_momentum, outer_step
+
+
+class Exchange(Protocol):
+    """This rank's partition of the global body, the round's summed delta, and the outer optimizer's state.
+
+    `value`: fp32 [n], the body as it stood when the round began. `delta`: fp32, its first n elements are the sum of
+    (value - local) over the sources this silo has trained in the round. `momentum`: fp32 of this rank's share, of the
+    whole partition where everyone keeps it, or None.
+    """
+
+    value: Tensor
+    delta: Tensor
+    momentum: Tensor | None
+
+    @property
+    def round_bytes(self) -> int:
+        """Bytes that this rank sends in `finish`."""
+
+    @property
+    def owned_value(self) -> Tensor:
+        """fp32, what of the global body this rank saves."""
+
+    @property
+    def owned_momentum(self) -> Tensor | None:
+        """fp32, what of the momentum this rank saves: the elements of `owned_value`; None where there is none."""
+
+    def owned(self, segments: list[Segment]) -> list[Segment]:
+        """Names for `owned_value` and `owned_momentum`; `segments` name the partition."""
+
+    def momentum_segments(self, segments: list[Segment]) -> list[Segment]:
+        """Names for `momentum`, to load it by; `segments` name the partition."""
+
+    def adopt(self) -> None:
+        """Take `value`, written from outside, for the global body. Collective."""
+
+    def add(self, local: Tensor) -> None:
+        """Add value - local to the round's delta; `local` (fp32 [n]) is consumed."""
+
+    def finish(self, sources: int) -> None:
+        """End the round: average over the `sources` that contributed, outer step, new `value`, delta zero. Collective.
+
+        Every rank calls it with the same count. Nobody having contributed leaves the body as it was.
+        """
+
+    def prepare(self, sources: int) -> Tensor | None:
+        """The round's mean delta of this rank's partition, fp32 [n]; None of no sources. Collective, changes nothing.
+
+        Only where everyone keeps the momentum.
+        """
+
+    def commit(self, mean: Tensor | None) -> None:
+        """End the round with what `prepare` returned: outer step, delta zero. Sends nothing."""
+
+
+@torch.no_grad()
+def commit_mean(rule: OuterRule, value: Tensor, delta: Tensor, momentum: Tensor | None, mean: Tensor | None) -> None:
+    """`Exchange.commit` on an exchange's tensors: `mean` is fp32 [n], or None of no sources."""
+    assert momentum is None or len(momentum) == len(value), "commit is for exchanges whose ranks keep all momentum"
+    if mean is not None:
+        outer_step(rule, value, mean, momentum)
+    delta.zero_()
+
+
+def new_momentum(rule: OuterRule, like: Tensor, elements: int) -> Tensor | None:
+    """Zeros fp32 [elements], or None where the rule keeps none."""
+    return like.new_zeros(elements) if needs_momentum(rule) else None

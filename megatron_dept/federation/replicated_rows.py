@@ -1,0 +1,131 @@
+"""A row table of which every silo has all rows: for silos that are launches of their own, and may be lost.
+
+Rows are fetched and collected inside the silo alone (`row_table`); at a round's end the silos tell one another the sums
+of the rows they have touched, and all take the same outer step. Nothing is lost with a silo, and each silo's checkpoint
+is whole. The price: a touched row goes to every other silo instead of to its owner, (S - 1) times its bytes a round.
+Shapes: `n` rows owned here of the silo's table, `h` hidden, `S` silos, `m` touched rows.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_dept.dept.averaging import RowMean
+from megatron_dept.dept.outer import OuterRule, outer_step_rows
+from megatron_dept.federation.communicator import Alone, Communicator
+from megatron_dept.federation.ledger import Kind
+from megatron_dept.federation.row_spread import RowSpread, overlap
+from megatron_dept.federation.row_table import RowTable
+
+FP32_BYTES = 4
+
+
+class ReplicatedRowTable(RowTable):
+    """A `RowTable` whose rows are cut over this silo's embedding ranks alone; `others` joins it with the other silos'.
+
+    `others`: the ranks that own rows of the same ids, by silo: peers where silos are equal, else all embedding ranks.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        hidden: int,
+        total_rows: int,
+        others: Communicator,
+        silo_of_others: Sequence[int],
+        silo: int,
+        embedding: Communicator,
+        tensor: int,
+        rule: OuterRule,
+        initial_rows: Callable[[int, int], Tensor],
+    ) -> None:
+        """`silo_of_others[r]`: the silo of rank r of `others`; `silo`: this one."""
+        spread = RowSpread.of_peers(total_rows, 1, embedding.size)
+        super().__init__(kind, hidden, spread, Alone(), embedding, tensor, rule, initial_rows)
+        self._own_silo = silo
+        self._join(others, silo_of_others)
+
+    def among(self, others: Communicator, silo_of_others: Sequence[int], silo: int) -> "ReplicatedRowTable":
+        """This table, its rows and sums, joined with other silos'; `commit` on either ends the round. Collective."""
+        other = copy.copy(self)
+        other._own_silo = silo
+        other._join(others, silo_of_others)
+        return other
+
+    def _join(self, others: Communicator, silo_of_others: Sequence[int]) -> None:
+        self._others = others
+        self._silo_of = list(silo_of_others)
+        told = others.all_gather_object((self.first, self.first + len(self.rows)))
+        self._ranges = [range(*bounds) for bounds in told]
+
+    @torch.no_grad()
+    def hand_over(self, giver: int) -> None:
+        """Rows and momentum of silo `giver` become all silos'. Collective over silos."""
+        own = range(self.first, self.first + len(self.rows))
+        gives = self._own_silo == giver
+        common = [overlap(own, other) for other in self._ranges]
+        going = [
+            part if gives and silo != giver else range(0) for part, silo in zip(common, self._silo_of, strict=True)
+        ]
+        coming = [
+            part if silo == giver and not gives else range(0) for part, silo in zip(common, self._silo_of, strict=True)
+        ]
+        counts = [len(part) for part in going], [len(part) for part in coming]
+        for tensor in (self.rows, self.momentum):
+            if tensor is None:
+                continue
+            send = [tensor[part.start - self.first : part.stop - self.first] for part in going if len(part)]
+            packed = torch.cat(send) if send else tensor[:0]
+            received = self._others.all_to_all(packed, *counts, self._kind)
+            at = 0
+            for part in coming:
+                if len(part):
+                    tensor[part.start - self.first : part.stop - self.first] = received[at : at + len(part)]
+                    at += len(part)
+
+    def apply(self) -> None:
+        """End the round: the sums of all silos, then the outer step, the same everywhere. Collective over silos."""
+        self.commit(self.prepare())
+
+    @torch.no_grad()
+    def prepare(self) -> RowMean:
+        """All silos' sums of the rows owned here, in silo order. Collective; changes nothing."""
+        ids = torch.nonzero(self.pending.counts).squeeze(1)
+        given = [self._meant_for(rank, ids) for rank in range(self._others.size)]
+        counts, ones = [len(rows) for rows in given], [1] * self._others.size
+        coming = self._others.all_to_all(torch.tensor(counts), ones, ones, "control").tolist()
+        send = torch.cat(given)
+        theirs = self._others.all_to_all((send + self.first).to(torch.int32), counts, coming, "control").long()
+        sources = self._others.all_to_all(self.pending.counts[send], counts, coming, "control")
+        sums = self._others.all_to_all(self.pending.sums[send], counts, coming, self._kind)
+        total = RowMean(len(self.rows), self.hidden)
+        at = 0
+        for rank, count in enumerate(coming):
+            if rank == self._others.rank:
+                total.merge(ids, self.pending.sums[ids], self.pending.counts[ids])
+            part = slice(at, at + count)
+            total.merge(theirs[part] - self.first, sums[part], sources[part])
+            at += count
+        return total
+
+    def _meant_for(self, rank: int, ids: Tensor) -> Tensor:
+        """Which of the touched rows `ids` a rank of another silo owns too; nothing for ranks of this silo."""
+        if self._silo_of[rank] == self._own_silo:
+            return ids[:0]
+        common = overlap(range(self.first, self.first + len(self.rows)), self._ranges[rank])
+        return ids[(ids >= common.start - self.first) & (ids < common.stop - self.first)]
+
+    def round_bytes(self) -> int:
+        """Bytes of rows that this rank sends in `prepare`, as things stand: ids and counts (control) not included."""
+        ids = torch.nonzero(self.pending.counts).squeeze(1)
+        rows = sum(len(self._meant_for(rank, ids)) for rank in range(self._others.size))
+        return rows * self.hidden * FP32_BYTES
+
+    @torch.no_grad()
+    def commit(self, total: RowMean) -> None:
+        """End the round with what `prepare` returned; sends nothing."""
+        mean, held = total.mean()
+        outer_step_rows(self._rule, self.rows, mean, self.momentum, held)
+        self.pending.reset()

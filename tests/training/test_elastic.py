@@ -1,0 +1,209 @@
+"""`federation.on_silo_loss: continue`: silos are killed, stopped and late; the others finish with the right mean."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_dept.checkpoint.reader import Checkpoint
+from megatron_dept.config.schema import RunConfig
+from tests.support.corpus import Corpus
+from tests.support.runs import metrics
+from tests.training import silo_faults as fault
+from tests.training.interrupts import whole_state
+from tests.training.silo_faults import run_silos
+from tests.training.test_sites import on_another_port, site_configs
+
+MOMENTUM, RATE = 0.9, 0.7
+OUTER = {"optimizer": "nesterov", "learning_rate": RATE, "momentum": MOMENTUM}
+TOLERANCE = 1e-6
+"""The reference does the same few additions in fp32, fused or not: a unit in the last place of values below 1."""
+THREE = {"latin": 0, "greek": 1, "code": 2}
+
+
+def elastic_configs(
+    corpus: Corpus, root: Path, parallel: list[dict[str, Any]], rounds: int, variant: str = "glob", **federation: Any
+) -> list[RunConfig]:
+    """Silos that are waited for, once a round was measured, only seconds."""
+    return site_configs(
+        corpus,
+        root,
+        parallel,
+        homes=THREE if len(parallel) == 3 else None,
+        dept={"variant": variant, "rounds": rounds, "n_local": 2, "outer": OUTER},
+        federation={"on_silo_loss": "continue", "straggler_minimum_seconds": 4, "straggler_factor": 1.0} | federation,
+    )
+
+
+def record(config: RunConfig, round: int) -> dict[str, np.ndarray]:
+    with np.load(config.run_dir / f"record.{round}.npz") as values:
+        return dict(values)
+
+
+def nesterov(value: np.ndarray, momentum: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """torch.optim.SGD(nesterov=True)'s step, from the buffer as it was."""
+    return value - RATE * (mean + MOMENTUM * (MOMENTUM * momentum + mean))
+
+
+def assert_mean_of(configs: list[RunConfig], members: list[int], round: int) -> None:
+    """The round's step took the mean over exactly these silos' sources, of the body and of every row."""
+    records = {silo: record(configs[silo], round) for silo in members}
+    first = records[members[0]]
+    sources = sum(int(of["sources"]) for of in records.values())
+    mean = np.sum([of["before.delta"] for of in records.values()], axis=0, dtype=np.float32) / sources
+    assert np.abs(mean).max() > 100 * TOLERANCE
+    expected = nesterov(first["before.value"], first["before.momentum"], mean)
+    tables = [
+        name.removesuffix(".rows").removeprefix("before.")
+        for name in first
+        if name.startswith("before.") and name.endswith(".rows")
+    ]
+    for of in records.values():
+        np.testing.assert_allclose(of["after.value"], expected, rtol=0, atol=TOLERANCE)
+        for part in tables:
+            sums = np.sum([other[f"before.{part}.sums"] for other in records.values()], axis=0, dtype=np.float32)
+            counts = np.sum([other[f"before.{part}.counts"] for other in records.values()], axis=0)
+            stepped = nesterov(
+                first[f"before.{part}.rows"], first[f"before.{part}.momentum"], sums / np.maximum(counts, 1)[:, None]
+            )
+            rows = np.where(counts[:, None] > 0, stepped, first[f"before.{part}.rows"])
+            np.testing.assert_allclose(of[f"after.{part}.rows"], rows, rtol=0, atol=TOLERANCE)
+
+
+def members_by_round(config: RunConfig) -> dict[int, list[int]]:
+    return {line["round"]: line["members"] for line in metrics(config.run_dir, "round")}
+
+
+def hashes(config: RunConfig) -> dict[int, str]:
+    return {line["round"]: line["body_hash"] for line in metrics(config.run_dir, "round")}
+
+
+LOSSES = {
+    "step, then rows": (fault.dies_in_step(2), fault.dies_exchanging_rows(2), "trim", [[0, 1], [0]]),
+    "pack, then save": (fault.dies_packing(1), fault.dies_saving(1), "spec_opt", [[0, 1], [0]]),
+    "exchange, then step": (fault.dies_exchanging(1), fault.dies_in_step(4), "glob", [[0, 1], [0]]),
+}
+
+
+@pytest.mark.parametrize("phases", LOSSES)
+def test_the_others_finish_with_the_mean_of_those_who_are_left(corpus: Corpus, tmp_path: Path, phases: str) -> None:
+    """Silo 2 is killed in round 1 and silo 1 at the end of it or in round 2; silo 0 finishes alone."""
+    second, first, variant, (in_round_1, in_round_2) = LOSSES[phases]
+    configs = elastic_configs(corpus, tmp_path, [{}, {}, {}], rounds=3, variant=variant)
+    assert run_silos(configs, [1, 1, 1], {2: second, 1: first}, dying=(1, 2)) == [True, None, None]
+    assert members_by_round(configs[0]) == {0: [0, 1, 2], 1: in_round_1, 2: in_round_2}
+    assert_mean_of(configs, [0, 1, 2], 0)
+    assert_mean_of(configs, in_round_1, 1)
+    assert_mean_of(configs, in_round_2, 2)
+    told = metrics(configs[0].run_dir, "membership")
+    assert [line["members"] for line in told] == [[0, 1], [0]]
+    assert "silo 2 is lost (no sign of life for" in told[0]["reason"] and "in round 2" in told[0]["reason"]
+
+
+def test_the_late_and_the_stopped_come_back(corpus: Corpus, tmp_path: Path) -> None:
+    """Silo 1 is late in round 1, silo 2 is stopped in round 3 and goes on later: each is left out of that round alone.
+
+    The others end the round before each return only when they are asked, so that the rounds of the return are known.
+    """
+    configs = elastic_configs(corpus, tmp_path, [{}, {}, {}], rounds=6, variant="trim")
+    for_1, for_2 = fault.waits_for_joiner(2), fault.waits_for_joiner(4)
+    waking = fault.wakes(4, configs[2].run_dir / "pid.0")
+    faults = {
+        0: fault.both(for_1, for_2, waking),
+        1: fault.both(for_2, fault.sleeps(2, 8)),
+        2: fault.both(for_1, fault.stops(6)),
+    }
+    assert run_silos(configs, [1, 1, 1], faults) == [True, True, True]
+    everyone, without_1, without_2 = [0, 1, 2], [0, 2], [0, 1]
+    assert members_by_round(configs[0]) == {
+        0: everyone,
+        1: without_1,
+        2: without_1,
+        3: without_2,
+        4: without_2,
+        5: everyone,
+    }
+    assert_mean_of(configs, without_1, 1)
+    assert_mean_of(configs, without_2, 4)
+    assert_mean_of(configs, everyone, 5)
+    # What a silo writes of a round that it was let in after is the others' state.
+    for config in configs[1:]:
+        assert hashes(config).items() <= hashes(configs[0]).items()
+    assert sorted(hashes(configs[1])) == [0, 2, 3, 4, 5] and sorted(hashes(configs[2])) == [0, 1, 2, 4, 5]
+    reasons = [line["reason"] for line in metrics(configs[0].run_dir, "membership")]
+    assert reasons == [
+        "silo 1 is left out of round 2 (late by more than 4 s); going on with silos 0, 2",
+        "silo 1 joined at round 4",
+        reasons[2],
+        "silo 2 joined at round 6",
+    ]
+    # Both limits are the same few seconds, and which of them is found first is a matter of when they began.
+    assert reasons[2].startswith(("silo 2 is lost (no sign of life for", "silo 2 is left out of round 4 (late"))
+    assert_same_state(configs)
+
+
+def assert_same_state(configs: list[RunConfig]) -> None:
+    """All silos' last checkpoints: the same body, momentum and shared rows to the bit, the same counters."""
+    found = [Checkpoint.open(config.run_dir) for config in configs]
+    states = [whole_state(checkpoint) for checkpoint in found]
+    names = [{n for n in state if n.split("/")[0] in ("body", "outer", "token", "token.momentum")} for state in states]
+    assert names[0] and all(of == names[0] for of in names)
+    for state, checkpoint in zip(states, found, strict=True):
+        assert [name for name in names[0] if not torch.equal(state[name], states[0][name])] == []
+        for counter in ("round", "cursors", "steps", "skipped"):
+            assert checkpoint.manifest["progress"][counter] == found[0].manifest["progress"][counter], counter
+
+
+@pytest.mark.parametrize("parallel", [[{}, {}], [{"tensor_model_parallel_size": 2}, {"zero_stage": 2}]])
+def test_a_lost_silo_started_again_is_let_in(corpus: Corpus, tmp_path: Path, parallel: list[dict[str, Any]]) -> None:
+    """Its second launch asks as soon as its first is found dead; unequal silos hand the state over by name."""
+    ranks = [part.get("tensor_model_parallel_size", 1) for part in parallel]
+    configs = elastic_configs(corpus, tmp_path, parallel, rounds=4)
+    again = fault.waits_for_file(configs[0].run_dir / "record.1.npz")
+    faults = {0: fault.waits_for_joiner(2), 1: fault.dies_in_step(2), 2: again}
+    assert run_silos([*configs, configs[1]], [*ranks, ranks[1]], faults, dying=(1,)) == [
+        *[True] * ranks[0],
+        *[None] * ranks[1],
+        *[True] * ranks[1],
+    ]
+    assert members_by_round(configs[0]) == {0: [0, 1], 1: [0], 2: [0], 3: [0, 1]}
+    assert hashes(configs[1]).items() <= hashes(configs[0]).items()
+    assert metrics(configs[0].run_dir, "membership")[1]["reason"] == "silo 1 joined at round 4"
+    assert_same_state(configs)
+
+
+def test_silos_that_stand_at_different_rounds_begin_with_the_furthest(corpus: Corpus, tmp_path: Path) -> None:
+    """Silo 1 leaves when it is asked to, silo 0 a round later; started again, both go on from silo 0."""
+    configs = elastic_configs(corpus, tmp_path / "first", [{}, {}], rounds=3, variant="spec_opt")
+    assert run_silos(configs, [1, 1], {1: fault.is_asked_to_stop(2), 0: fault.stops_after(1)}) == [False, False]
+    assert [Checkpoint.open(config.run_dir).manifest["round"] for config in configs] == [2, 1]
+    assert members_by_round(configs[0]) == {0: [0, 1], 1: [0]}
+    assert metrics(configs[0].run_dir, "membership")[0]["reason"].startswith("silo 1 is lost (left) in round 2")
+    again = on_another_port(configs)
+    assert run_silos(again, [1, 1]) == [True, True]
+    assert members_by_round(configs[0]) == {0: [0, 1], 1: [0], 2: [0, 1]}
+    assert sorted(hashes(configs[1])) == [0, 2]
+    assert_same_state(configs)
+
+
+def test_nobody_goes_on_without_the_store(corpus: Corpus, tmp_path: Path) -> None:
+    """Silo 0, which serves it, is killed: the other says so and ends."""
+    configs = elastic_configs(corpus, tmp_path, [{}, {}], rounds=3)
+    killed, told = run_silos(configs, [1, 1], {0: fault.dies_in_step(2)}, dying=(0,))
+    assert killed is None
+    assert told.startswith("FederationError: the federation's store at federation.address is gone")
+
+
+def test_a_silo_that_is_there_already_is_refused(corpus: Corpus, tmp_path: Path) -> None:
+    """The same index twice: the second finds the first alive, and the first trains on."""
+    configs = elastic_configs(corpus, tmp_path, [{}, {}], rounds=2)
+    second = configs[1].model_copy(update={"run_dir": tmp_path / "second"})
+    faults = {1: fault.sleeps(0, 7), 2: fault.waits_for_file(configs[0].run_dir / "plan.json")}
+    results = run_silos([*configs, second], [1, 1, 1], faults)
+    assert results[:2] == [True, True]
+    assert (
+        results[2]
+        == "FederationError: silo 1 is in the federation already; start each launch with a federation.silo of its own"
+    )
