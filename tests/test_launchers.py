@@ -15,7 +15,7 @@ from megatron_dept.config.schema import RunConfig
 from megatron_dept.topology.launch import DERIVED_PORTS
 from tests.support.corpus import Corpus
 from tests.support.distributed import free_port
-from tests.support.runs import losses, small_config
+from tests.support.runs import final_state, largest_difference, losses, small_config
 
 PROJECT = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = 200
@@ -197,3 +197,22 @@ def test_training_under_mpirun_is_training_under_torchrun(by_torchrun, tmp_path)
     assert len(list(other.run_dir.glob("metrics.silo*.jsonl"))) == 2
     assert losses(other.run_dir) == losses(by_torchrun.run_dir)
     assert len(losses(other.run_dir)) == 2 * 2 * 2
+
+
+def test_silos_that_talk_over_mpi_are_silos_that_talk_over_gloo(by_torchrun, tmp_path):
+    """`federation.backend: mpi`: the same state to the bit, the same bytes of every kind."""
+    values = by_torchrun.model_dump(mode="json")
+    values |= {"run_dir": str(tmp_path / "run"), "federation": {"backend": "mpi"}}
+    other = trained(RunConfig.model_validate(values), [*mpirun(), sys.executable])
+    assert largest_difference(final_state(other.run_dir), final_state(by_torchrun.run_dir)) == 0
+    assert losses(other.run_dir) == losses(by_torchrun.run_dir)
+    sent, expected = (
+        [entry["groups"] for entry in json.loads((config.run_dir / "ledger.json").read_text())["per_round"]]
+        for config in (other, by_torchrun)
+    )
+    for found, wanted in zip(sent, expected, strict=True):
+        # Control traffic is pickled text, whose length the paths in it decide.
+        assert {kind: count for kind, count in found.items() if "control" not in kind} == {
+            kind: count for kind, count in wanted.items() if "control" not in kind
+        }
+        assert any(kind.startswith("federation/") for kind in found)

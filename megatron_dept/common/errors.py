@@ -9,6 +9,11 @@ EXIT_USER_ERROR = 2
 REMEDY_OF_LOSS = "look at that rank's log, then start again: the run resumes from its last checkpoint"
 
 
+def first_line(error: Exception) -> str:
+    """What a library's error says, without the stack and the general advice that torch and gloo add."""
+    return str(error).strip().partition("\n")[0].partition(". This is typically")[0]
+
+
 class UserError(Exception):
     """What the user gave cannot be used; the message names what, the value found, and the remedy, on one line."""
 

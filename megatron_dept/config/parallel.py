@@ -7,7 +7,6 @@ from pydantic import Field, model_validator
 
 from megatron_dept.config.model import ModelConfig, Section
 
-
 FederationBackend = Literal["gloo", "mpi"]
 
 
@@ -69,6 +68,11 @@ class ParallelConfig(Section):
                 pipeline_model_parallel_size=self.pipeline_model_parallel_size,
             ),
         )
+
+    @property
+    def most_tensor_ranks(self) -> int:
+        """Of any silo of this launch."""
+        return max(shape.tensor_model_parallel_size for shape in self._all_shapes())
 
     def check_model(self, model: ModelConfig) -> None:
         """`ValueError` naming the numbers where the body of `model` cannot be cut this way."""

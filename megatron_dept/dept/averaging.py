@@ -32,7 +32,7 @@ class RowMean:
 
     @torch.no_grad()
     def merge(self, indices: Tensor, sums: Tensor, counts: Tensor) -> None:
-        """Add what several sources' deltas came to elsewhere: `sums` fp32 [k, h], `counts` int32 [k] of rows `indices`."""
+        """Add what several sources came to elsewhere: `sums` fp32 [k, h], `counts` int32 [k] of the rows `indices`."""
         self.sums.index_add_(0, indices, sums)
         self.counts.index_add_(0, indices, counts)
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dept.common.errors import LostPeerError
+from megatron_dept.common.errors import LostPeerError, first_line
 from megatron_dept.federation.ledger import (
     Kind,
     Ledger,
@@ -225,9 +225,8 @@ class CountedCommunicator(ABC):
             yield
         except self.failures as error:
             where = "another silo" if self._scope == "federation" else "this silo"
-            first = str(error).strip().splitlines()[0]
             raise LostPeerError(
-                f"rank {self.rank} of {self.size} lost a peer in {where} while exchanging {kind} ({first})"
+                f"rank {self.rank} of {self.size} lost a peer in {where} while exchanging {kind} ({first_line(error)})"
             ) from error
 
 

@@ -9,6 +9,7 @@ out; it does not encrypt, so the address belongs in a private network or a tunne
 import hashlib
 import hmac
 import json
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -92,11 +93,14 @@ class Rendezvous:
 
         Raises `FederationError` naming the silos that did not come in time, or where this silo is there already.
         """
-        text = json.dumps(card, sort_keys=True)
-        if self.store.compare_set(f"card-{self._silo}", "", text).decode() != text:
+        # Two launches of one configuration have the same card; what a process draws at random, they have not.
+        token = secrets.token_hex(16)
+        if self.store.compare_set(f"launch-{self._silo}", "", token).decode() != token:
             raise FederationError(
-                f"silo {self._silo} is in the federation already; start each launch with a federation.silo of its own"
+                f"silo {self._silo} is in the federation already; start each launch with a federation.silo of its own, "
+                "and what serves federation.address anew where all start again"
             )
+        self.store.set(f"card-{self._silo}", json.dumps(card, sort_keys=True))
         return self.read_cards()
 
     def replace_card(self, card: dict[str, Any]) -> None:

@@ -12,7 +12,14 @@ import torch.distributed as dist
 from megatron_dept.checkpoint.reader import Checkpoint
 from megatron_dept.checkpoint.store import SourceStore
 from megatron_dept.common.cli import explain_refusal
-from megatron_dept.common.errors import CheckpointError, ConfigError, FederationError, LostPeerError, UserError
+from megatron_dept.common.errors import (
+    CheckpointError,
+    ConfigError,
+    FederationError,
+    LostPeerError,
+    UserError,
+    first_line,
+)
 from megatron_dept.common.files import atomic_write, write_json
 from megatron_dept.config.load import dump_config
 from megatron_dept.config.schema import LoggingConfig, RunConfig
@@ -107,7 +114,7 @@ def _lost_peer(error: Exception) -> str | None:
         return error.what
     # Our own collectives say so themselves; these are DeepSpeed's, at start-up and inside a silo.
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error)):
-        return f"lost another rank ({str(error).strip().splitlines()[0]})"
+        return f"lost another rank ({first_line(error)})"
     return None
 
 
@@ -119,10 +126,14 @@ def _roster(config: RunConfig, world: World, joined: ElasticJoin | None) -> Rost
         own = rank - layout.offset(silo) if world.separate else rank
         names.append(f"silo {silo if joined is None else joined.silo}, rank {own}")
     if world.shared_store is world.store:
-        keeps = world.launch.rank == 0 and not torchrun_serves()
+        keeper = None if torchrun_serves() else 0
+        keeps = world.rank == keeper
     else:
-        keeps = serves_meeting(config, world.launch)
-    return Roster(world.rank, tuple(names), keeps)
+        keeper, keeps = None, serves_meeting(config, world.launch)
+    # Launchers count node by node; where one does not, nobody is found to have ended who has not.
+    first = world.rank - world.launch.local_rank
+    machine = range(max(0, first), first + world.launch.local_world_size)
+    return Roster(world.rank, tuple(names), keeps, keeper, config.run_dir / "phase", machine)
 
 
 def build_trainer(
@@ -189,7 +200,7 @@ def build_trainer(
         progress=progress,
         metrics=metrics,
         stop=stop,
-        watch=watch or FailureWatch(None, Roster(0, ("the only rank",), False)),
+        watch=watch or FailureWatch(None, Roster(0, ("the only rank",), keeps_store=False)),
         elastic=elastic,
     )
 

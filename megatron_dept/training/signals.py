@@ -5,7 +5,7 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from megatron_dept.common.errors import LostPeerError
+from megatron_dept.common.errors import LostPeerError, first_line
 
 _STOP_KEY = "stop-requested"
 
@@ -43,7 +43,5 @@ class StopRequest:
             elif self._polls and self._store.check([_STOP_KEY]):
                 self._asked = True
         except RuntimeError as error:
-            raise LostPeerError(
-                f"the launch's rank 0, which keeps its store, is gone ({str(error).strip().splitlines()[0]})"
-            ) from error
+            raise LostPeerError(f"the launch's rank 0, which keeps its store, is gone ({first_line(error)})") from error
         return self._asked

@@ -106,6 +106,13 @@ class SourceSet:
             )
             for name, directory in self.directories.items()
         }
+        for name, vocabulary in self.vocabularies.items():
+            if len(vocabulary) < config.parallel.most_tensor_ranks:
+                raise ConfigError(
+                    f"source {name} has {len(vocabulary)} rows for tensor_model_parallel_size "
+                    f"{config.parallel.most_tensor_ranks}: every tensor rank needs one; set it to at most "
+                    f"{len(vocabulary)}"
+                )
         streams = {
             name: SampleStream(directory.indexed("train"), config.model.seq_length, config.seed, name)
             for name, directory in self.directories.items()
@@ -158,7 +165,7 @@ class SourceSet:
         A silo alone trains those whose data it has.
         """
         if silos == 1:
-            return tuple((name,) for name in names if name in self._sources)
+            return tuple((name,) for name in names if name in self.directories or name == MIXTURE)
         return assign_slots(names, silos) if self._homes is None else assign_home_slots(names, self._homes, silos)
 
 

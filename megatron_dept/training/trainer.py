@@ -29,12 +29,13 @@ from megatron_dept.training.embeddings import EmbeddingBroker, HeldEmbedding
 from megatron_dept.training.inner_state import InnerState
 from megatron_dept.training.metrics import LedgerFile, Metrics, Pace
 from megatron_dept.training.progress_state import Flight, RunProgress
+from megatron_dept.training.save_schedule import is_due_after, save_steps
 from megatron_dept.training.signals import StopRequest
 from megatron_dept.training.sources import Source, SourceSet
 from megatron_dept.training.state import RunState
 from megatron_dept.training.step_report import StepReporter
 from megatron_dept.training.traffic_plan import TrafficPlan
-from megatron_dept.training.validation import Validation
+from megatron_dept.training.validation import Validation, report_scores
 from megatron_dept.training.watch import FailureWatch
 
 
@@ -151,9 +152,15 @@ class Trainer:
         number = self.progress.round - 1
         if self._validation is not None and self._validates(number):
             with self._watch.phase("validation"):
-                self._validate(self._validation, number)
+                report_scores(
+                    self._validation.run(),
+                    self._metrics,
+                    self._engine,
+                    number,
+                    self.progress.round * self._config.dept.n_local,
+                )
         self._close_round(number, sampled, entry | {"seconds": time.perf_counter() - began})
-        if self._boundary_save_is_due(number):
+        if is_due_after(self._config.checkpoint, number, self._config.dept.n_local):
             self._save(None)
         return True
 
@@ -163,7 +170,9 @@ class Trainer:
         first_common = max((flight.step for flight in self.progress.flights.values()), default=0)
         local = self._begin_phase(slot[self._world.place.silo])
         with self._watch.phase("inner step"):
-            if not self._train(local, self._save_steps(first_common)):
+            if not self._train(
+                local, save_steps(self._config.checkpoint, self.progress.round, self._config.dept.n_local, first_common)
+            ):
                 return False
         dropped = local.name in self.progress.dropped
         contributes = local.source is not None and not dropped
@@ -333,23 +342,6 @@ class Trainer:
         self._world.barrier()
         return entry | {"exchange_seconds": time.perf_counter() - began}
 
-    def _validate(self, validation: Validation, number: int) -> None:
-        step = self.progress.round * self._config.dept.n_local
-        for name, (score, replaced) in validation.run().items():
-            self._metrics.write(
-                "validation",
-                round=number,
-                step=step,
-                source=name,
-                loss=score.nats_per_token,
-                perplexity=score.perplexity,
-                bits_per_byte=score.bits_per_byte,
-                tokens=score.tokens,
-                replaced_tokens=replaced,
-            )
-            self._engine.write_monitor([(f"{name}/validation_bits_per_byte", score.bits_per_byte, step)])
-            self._metrics.say(f"round {number + 1} validation {name}: {score.bits_per_byte:.4f} bits per byte")
-
     def _close_round(self, number: int, sampled: tuple[str, ...], entry: dict[str, object]) -> None:
         batch_tokens = self._config.training.global_batch_size * self._config.model.seq_length
         self._metrics.write(
@@ -403,22 +395,6 @@ class Trainer:
         self._saved_at = (self.progress.round, self.progress.total_steps)
         if self._world.is_writer:
             self._metrics.say(f"saved {path}")
-
-    def _save_steps(self, first_common: int) -> set[int]:
-        """Steps of a local phase after which all silos save: only those that every silo still has before it."""
-        checkpoint, n_local = self._config.checkpoint, self._config.dept.n_local
-        if checkpoint.save_interval_unit != "steps" or not checkpoint.save_interval:
-            return set()
-        base = self.progress.round * n_local
-        return {step for step in range(first_common + 1, n_local) if (base + step) % checkpoint.save_interval == 0}
-
-    def _boundary_save_is_due(self, number: int) -> bool:
-        checkpoint = self._config.checkpoint
-        if not checkpoint.save_interval:
-            return False
-        if checkpoint.save_interval_unit == "rounds":
-            return (number + 1) % checkpoint.save_interval == 0
-        return (number + 1) * self._config.dept.n_local % checkpoint.save_interval == 0
 
     def _sampled(self, number: int) -> tuple[str, ...]:
         names = self._sources.trained

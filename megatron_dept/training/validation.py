@@ -1,5 +1,7 @@
 """Every source's held-out text, scored with the global body at a round's end; silos share the sources."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from megatron_dept.evaluation.heldout import HeldoutText, heldout_windows
 from megatron_dept.evaluation.perplexity import Score, score
 from megatron_dept.models.embedding import SourceEmbedding
 from megatron_dept.training.embeddings import EmbeddingBroker
+from megatron_dept.training.metrics import Metrics
 from megatron_dept.training.sources import SourceSet
 
 
@@ -68,3 +71,23 @@ class Validation:
             self._sources.vocabularies[name],
         )
         return text.share(self._world.data.rank, self._world.data.size)
+
+
+def report_scores(
+    scores: Mapping[str, tuple[Score, int]], metrics: Metrics, engine: SiloEngine, round: int, step: int
+) -> None:
+    """Write what `Validation.run` returned after `round`, at sequential step `step`."""
+    for name, (of_source, replaced) in scores.items():
+        metrics.write(
+            "validation",
+            round=round,
+            step=step,
+            source=name,
+            loss=of_source.nats_per_token,
+            perplexity=of_source.perplexity,
+            bits_per_byte=of_source.bits_per_byte,
+            tokens=of_source.tokens,
+            replaced_tokens=replaced,
+        )
+        engine.write_monitor([(f"{name}/validation_bits_per_byte", of_source.bits_per_byte, step)])
+        metrics.say(f"round {round + 1} validation {name}: {of_source.bits_per_byte:.4f} bits per byte")

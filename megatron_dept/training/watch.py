@@ -10,20 +10,21 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch.distributed as dist
 
-from megatron_dept.common.errors import EXIT_USER_ERROR, REMEDY_OF_LOSS
+from megatron_dept.common.errors import EXIT_USER_ERROR, REMEDY_OF_LOSS, first_line
 from megatron_dept.training.processes import has_ended, own_process
 
 Phase = Literal[
     "start-up", "round", "inner step", "meeting", "pack", "exchange", "row exchange", "validation", "save", "end"
 ]
 
-_ALARM, _VERDICT, _KEEPER = "watch/alarm", "watch/verdict", "watch/keeper"
+_ALARM, _VERDICT, _HEARD, _KEEPER = "watch/alarm", "watch/verdict", "watch/heard", "watch/keeper"
 _GOODBYE = "goodbye"
 BEAT_SECONDS = 0.5
 RANKS_A_SECOND = 1000
@@ -34,7 +35,7 @@ SILENCE_SECONDS = 15.0
 have ended; long enough for a machine that is busy with something else."""
 ALARM_BEATS = 4
 """After an alarm something is known to be wrong, and a rank of another machine that misses so many beats is it."""
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 3.0
 """After another rank's failure the main thread has this long to find out itself and leave in good order."""
 
 
@@ -47,6 +48,12 @@ class Roster:
     """By rank."""
     keeps_store: bool
     """Whether the store ends with this process."""
+    keeper: int | None = None
+    """The rank whose process keeps it, where that is known; else that rank tells the others."""
+    note: Path | None = None
+    """Where that process notes its phase for those who share its disk: they cannot ask its store when it is gone."""
+    machine: range = range(0)
+    """Ranks that run on this one's machine, as far as known."""
 
 
 class FailureWatch:
@@ -65,11 +72,12 @@ class FailureWatch:
         self._silence = max(SILENCE_SECONDS, 3 * ALARM_BEATS * self._interval)
         self._verdict: str | None = None
         self._own_failure: str | None = None
-        self._alarmed = self._raised = False
-        self._beats = self._answers = 0
+        self._alarmed = self._raised = self._unanswered = False
+        self._beats = self._answers = self._hearers = 0
         self._found, self._wake, self._closed = threading.Event(), threading.Event(), threading.Event()
-        self._keeper: _Pulse | None = None
+        self._keeper = None if roster.keeper is None else _Pulse(roster.keeper)
         self._neighbour = _Pulse((roster.rank + 1) % len(roster.names))
+        self._near = [_Pulse(rank) for rank in roster.machine if rank not in (roster.rank, self._neighbour.rank)]
         # A connection of its own: another thread's long wait must not look like death.
         self._store = store.clone() if store is not None else None  # type: ignore[attr-defined]  # torch's stubs lack it
         self._speaker = threading.Thread(target=self._speak, name="signs of life", daemon=True)
@@ -89,8 +97,10 @@ class FailureWatch:
         """The run has ended well: what ranks do from here on is no failure."""
         self._closed.set()
         self._wake.set()
-        if self._speaker.is_alive():
-            self._speaker.join(self._patience)
+        if self._speaker.is_alive() and not self._unanswered:
+            self._speaker.join(2 * self._patience)
+        if self._roster.note is not None and self._roster.keeps_store:
+            self._roster.note.unlink(missing_ok=True)
 
     def tell(self, message: str) -> None:
         """Tell all ranks that this one has failed; a store that is gone has told them already."""
@@ -130,6 +140,14 @@ class FailureWatch:
                 self._show_life(self._store)
             except RuntimeError:
                 return  # the speaker finds out
+            self._keep_note()
+
+    def _keep_note(self) -> None:
+        """A disk that refuses is for those to tell who write what counts."""
+        note = self._roster.note
+        if note is not None and self._roster.keeps_store:
+            with suppress(OSError):
+                note.write_text(self._phase)
 
     def _show_life(self, store: dist.Store) -> None:
         store.set(_life(self._roster.rank), f"{self._beats} {self._phase}")
@@ -155,7 +173,7 @@ class FailureWatch:
                 self._wake.wait(self._interval)
                 self._wake.clear()
         except RuntimeError as error:
-            self._settle(self._keeper_gone(f"is gone ({str(error).strip().splitlines()[0]})"))
+            self._settle(self._keeper_gone(f"is gone ({first_line(error)})"))
 
     def _beat(self, store: dist.Store, passed: float) -> None:
         self._beats += 1
@@ -164,33 +182,47 @@ class FailureWatch:
             self._raised = True
             store.add(_ALARM, 1)
         self._alarmed = store.add(_ALARM, 0) > 0
-        if self._alarmed and store.check([_VERDICT]):
-            self._settle(store.get(_VERDICT).decode())
+        if self._alarmed and self._verdict is None and store.check([_VERDICT]):
+            self._hear(store, store.get(_VERDICT).decode())
         if self._keeper is None and store.check([_KEEPER]):
             self._keeper = _Pulse(int(store.get(_KEEPER)))
         if self._keeper is not None:
             self._keeper.feel(store, passed)
-        self._neighbour.feel(store, passed)
         limit = ALARM_BEATS * self._interval if self._alarmed else self._silence
-        cause = self._neighbour.cause_of_death(limit, self._silence)
-        if cause is not None:
-            name = self._roster.names[self._neighbour.rank]
-            self._write_down(store, f"{name} is gone ({self._neighbour.last_seen}; {cause})")
+        # After an alarm each looks at all ranks of its machine: some launchers leave them no second for it.
+        for pulse in [self._neighbour, *(self._near if self._alarmed else [])]:
+            pulse.feel(store, passed)
+            cause = pulse.cause_of_death(limit, self._silence)
+            if cause is not None and self._verdict is None:
+                name = self._roster.names[pulse.rank]
+                self._write_down(store, f"{name} is gone ({pulse.last_seen}; {cause})", gone=1)
         self._answers += 1
 
     def _take_leave(self, store: dist.Store) -> None:
-        if self._own_failure is not None:
+        if self._own_failure is not None and self._verdict is None:
             self._write_down(store, self._own_failure)
         else:
             store.set(_life(self._roster.rank), f"{_GOODBYE} {self._phase}")
         # What was only sent may be lost with the process; an answer says that it has come.
         store.add(_ALARM, 0)
+        end = time.monotonic() + self._patience
+        while self._roster.keeps_store and self._verdict is not None and time.monotonic() < end:
+            # Without the store the others would take this rank for the one that was lost.
+            if store.add(_HEARD, 0) >= self._hearers:
+                return
+            time.sleep(BEAT_SECONDS / 10)
 
-    def _write_down(self, store: dist.Store, verdict: str) -> None:
-        """The first to write counts, for all."""
-        standing = store.compare_set(_VERDICT, "", verdict).decode()
+    def _write_down(self, store: dist.Store, verdict: str, gone: int = 0) -> None:
+        """The first to write counts, for all. `gone`: ranks that nobody has to wait for, as they cannot hear of it."""
+        standing = store.compare_set(_VERDICT, "", f"{gone} {verdict}").decode()
         store.add(_ALARM, 1)
-        self._settle(standing)
+        self._hear(store, standing)
+
+    def _hear(self, store: dist.Store, standing: str) -> None:
+        gone, _, verdict = standing.partition(" ")
+        self._hearers = len(self._roster.names) - int(gone)
+        store.add(_HEARD, 1)
+        self._settle(verdict)
 
     def _settle(self, verdict: str) -> None:
         self._verdict = self._verdict or verdict
@@ -199,8 +231,11 @@ class FailureWatch:
     def _keeper_gone(self, what: str) -> str:
         if self._keeper is None:
             return f"what keeps the store of all ranks {what}"
+        seen, note = self._keeper.last_seen, self._roster.note
+        with suppress(OSError):
+            seen = f"last seen in phase {note.read_text()}" if note is not None else seen
         name = self._roster.names[self._keeper.rank]
-        return f"{name}, which keeps the store of all ranks, {what}, {self._keeper.last_seen}"
+        return f"{name}, which keeps the store of all ranks, {what}, {seen}"
 
     def _watch(self) -> None:
         before, answers, waited = time.monotonic(), 0, 0.0
@@ -210,6 +245,7 @@ class FailureWatch:
             if answers != self._answers:
                 answers, waited = self._answers, 0.0
             if waited > self._silence:
+                self._unanswered = True
                 self._settle(self._keeper_gone(f"has not answered for {waited:.0f} s"))
             if self._verdict is None:
                 continue
@@ -218,6 +254,7 @@ class FailureWatch:
             name = self._roster.names[self._roster.rank]
             sys.stderr.write(f"error: {name}: {self._story(self._verdict, 'it was waiting or at work')}\n")
             sys.stderr.flush()
+            self.close()
             os._exit(EXIT_USER_ERROR)
 
 
@@ -229,20 +266,22 @@ class _Pulse:
         self._last: str | None = None
         self._process: str | None = None
         self._silent = 0.0
+        self._changed = time.monotonic()
 
     def feel(self, store: dist.Store, passed: float) -> None:
         """Look again, `passed` seconds after the last time."""
         life = _life(self.rank)
         now = store.get(life).decode() if self._last is not None or store.check([life]) else None
-        self._silent = self._silent + passed if now == self._last else 0.0
-        self._last = now
+        self._silent += passed
+        if now != self._last:
+            self._last, self._silent, self._changed = now, 0.0, time.monotonic()
         if self._process is None and store.check([_home(self.rank)]):
             self._process = store.get(_home(self.rank)).decode()
 
     @property
     def last_seen(self) -> str:
         phase = "start-up" if self._last is None else self._last.partition(" ")[2]
-        return f"last seen in phase {phase} {self._silent:.1f} s ago"
+        return f"last seen in phase {phase} {time.monotonic() - self._changed:.0f} s ago"
 
     def cause_of_death(self, limit: float, limit_where_it_runs: float) -> str | None:
         """Why the rank is taken for gone; None where it lives or has said goodbye.

@@ -55,12 +55,14 @@ REFUSED = {
     ),
     "heads over tensor ranks": (
         {"parallel": {"tensor_model_parallel_size": 3}, "model": {"ffn_hidden_size": 384}},
-        "model.num_attention_heads 4 is not divisible by tensor_model_parallel_size 3; set one to a divisor or multiple "
+        "model.num_attention_heads 4 is not divisible by tensor_model_parallel_size 3; set one to a divisor or "
+        "multiple "
         "of the other",
     ),
     "ffn over tensor ranks": (
         {"parallel": {"tensor_model_parallel_size": 4}, "model": {"ffn_hidden_size": 510}},
-        "model.ffn_hidden_size 510 is not divisible by tensor_model_parallel_size 4; set one to a divisor or multiple of "
+        "model.ffn_hidden_size 510 is not divisible by tensor_model_parallel_size 4; set one to a divisor or "
+        "multiple of "
         "the other",
     ),
     "key-value heads over tensor ranks": (
@@ -74,12 +76,14 @@ REFUSED = {
                 "ffn_hidden_size": 96,
             },
         },
-        "model.num_key_value_heads 3 and tensor_model_parallel_size 2: neither divides the other; set num_key_value_heads "
+        "model.num_key_value_heads 3 and tensor_model_parallel_size 2: neither divides the other; set "
+        "num_key_value_heads "
         "to a divisor or a multiple",
     ),
     "sequence over tensor ranks": (
         {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}, "model": {"seq_length": 127}},
-        "model.seq_length 127 is not divisible by tensor_model_parallel_size 2, which sequence_parallel cuts it over; set "
+        "model.seq_length 127 is not divisible by tensor_model_parallel_size 2, which sequence_parallel cuts it "
+        "over; set "
         "seq_length to a multiple",
     ),
     "sequence parallelism alone": (
@@ -93,7 +97,8 @@ REFUSED = {
     ),
     "more stages than layers": (
         {"parallel": {"pipeline_model_parallel_size": 4}, "model": {"num_layers": 2}},
-        "model.num_layers 2 cannot fill pipeline_model_parallel_size 4 (every stage but the last needs one); set it to at "
+        "model.num_layers 2 cannot fill pipeline_model_parallel_size 4 (every stage but the last needs one); set "
+        "it to at "
         "most 3",
     ),
     "offload without ZeRO": (
@@ -110,7 +115,8 @@ REFUSED = {
     ),
     "continue in one launch": (
         {"federation": {"on_silo_loss": "continue"}},
-        "federation: on_silo_loss continue needs silos that are separate launches: ranks of one launch end together; set "
+        "federation: on_silo_loss continue needs silos that are separate launches: ranks of one launch end "
+        "together; set "
         "address, silo and silos, or on_silo_loss: stop",
     ),
     "a silo of one launch": (

@@ -76,6 +76,8 @@ def _named(launch: Launch) -> dict[str, bool]:
             if silo == 0:
                 for segment in part.segments:
                     alone.value[segment.place] = 7
+                    if alone.momentum is not None:
+                        alone.momentum[segment.place] = 7
             alone.among(groups.wide).hand_over(len(ranks) - 1)
             seen[f"{name}-{number}"] = same and _same(alone, built)
     return seen

@@ -83,6 +83,11 @@ def impatient(beat: float, silence: float, grace: float) -> Fault:
     return partial(_impatient, beat, silence, grace)
 
 
+def elsewhere() -> Fault:
+    """Every rank is as if on a machine of its own: none can look at another's process."""
+    return _elsewhere
+
+
 def together(*faults: Fault) -> Fault:
     """All of them."""
     return partial(_together, faults)
@@ -91,6 +96,12 @@ def together(*faults: Fault) -> Fault:
 def _together(faults: tuple[Fault, ...], launch: Launch) -> None:
     for fault in faults:
         fault(launch)
+
+
+def _elsewhere(launch: Launch) -> None:
+    from megatron_dept.training import watch
+
+    watch.own_process = lambda: None
 
 
 def _impatient(beat: float, silence: float, grace: float, launch: Launch) -> None:

@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import plan_run
 import pytest
 from demo_corpora.catalogue import ONLINE
 from demo_job.steps import Sources, plan_steps
@@ -26,8 +27,10 @@ def commands(document: Path) -> list[str]:
 
 
 def is_run(command: str) -> bool:
-    """Whether a make target, or a step of the demo, is this command."""
+    """Whether a make target, or a step of the demo, is this command; a plan on paper is made here and now."""
     words = shlex.split(command)
+    if words[1:2] == ["tools/plan_run.py"]:
+        return plan_run.main(words[2:]) == 0
     if words[0] == "make":
         return {word for word in words[1:] if "=" not in word} <= TARGETS
     return words in demo_commands()

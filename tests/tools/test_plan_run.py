@@ -103,7 +103,7 @@ def test_memory_by_hand():
         (0, "fp32", 4 * 1760, 4 * 1760, 0, 8 * 1760),
         (1, "fp32", 4 * 1760, 4 * 1760, 4 * 440, 8 * 440),
         (2, "bf16", 2 * 1760, 4 * 440, 4 * 440, 8 * 440),
-        (3, "bf16", 2 * 440, 4 * 440, 4 * 440, 8 * 440),
+        (3, "bf16", 2 * (440 + 1760), 4 * 440, 4 * 440, 8 * 440),
     ],
 )
 def test_zero_stages(stage, precision, weights, gradients, masters, moments):
@@ -113,14 +113,19 @@ def test_zero_stages(stage, precision, weights, gradients, masters, moments):
 
 
 def test_zero_3_over_all_ranks_is_the_whole_once():
-    """All sizes here divide by 8, so there is no padding; norms and row-parallel biases stand on both tensor ranks."""
-    model = ModelConfig(num_layers=4, hidden_size=128, num_attention_heads=4, seq_length=128)
+    """All sizes here divide by 8, so there is no padding; norms and row-parallel biases stand on both tensor ranks.
+
+    Matrices are cut; norms and biases, of less than 100,000 elements each, stay whole on every rank beside.
+    """
+    model = ModelConfig(num_layers=4, hidden_size=512, num_attention_heads=4, seq_length=128)
     for tensor in (1, 2):
         cut = Cut(1, data=8, tensor=tensor, zero_stage=3, precision="bf16", global_batch=8)
         found = memory_of_rank(model, cut, "spec", 100, 100, 0)
-        copies = (tensor - 1) * (4 * 6 * 128 + 2 * 128)
+        copies = (tensor - 1) * (4 * 6 * 512 + 2 * 512)
+        small = 4 * (6 * 512 + (3 + 4) * 512 // tensor) + 2 * 512
         whole = body_parameters(model) + copies
-        assert found.weights * 8 * tensor == 2 * whole
+        assert found.weights * 8 * tensor == 2 * (whole + 8 * tensor * small)
+        assert found.buckets == 4 * whole // tensor
         assert found.masters * 8 * tensor == 4 * whole
         assert found.moments * 8 * tensor == 8 * whole
 

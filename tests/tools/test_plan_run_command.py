@@ -74,6 +74,7 @@ SCHEMA = {
 MEMORY = {
     "weights",
     "gradients",
+    "buckets",
     "masters",
     "moments",
     "outer",

@@ -1,5 +1,7 @@
 """`federation.on_silo_loss: continue`: silos are killed, stopped and late; the others finish with the right mean."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +10,20 @@ import pytest
 import torch
 
 from megatron_dept.checkpoint.reader import Checkpoint
+from megatron_dept.common.files import read_json
 from megatron_dept.config.schema import RunConfig
 from tests.support.corpus import Corpus
-from tests.support.runs import metrics
+from tests.support.runs import losses, metrics
 from tests.training import silo_faults as fault
-from tests.training.interrupts import whole_state
+from tests.training.interrupts import assert_same_bits, whole_state
 from tests.training.silo_faults import run_silos
-from tests.training.test_sites import on_another_port, site_configs
+from tests.training.test_sites import EACH_ITS_OWN, on_another_port, site_configs
 
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "rendezvous.py"
 MOMENTUM, RATE = 0.9, 0.7
 OUTER = {"optimizer": "nesterov", "learning_rate": RATE, "momentum": MOMENTUM}
 TOLERANCE = 1e-6
 """The reference does the same few additions in fp32, fused or not: a unit in the last place of values below 1."""
-THREE = {"latin": 0, "greek": 1, "code": 2}
 
 
 def elastic_configs(
@@ -31,7 +34,7 @@ def elastic_configs(
         corpus,
         root,
         parallel,
-        homes=THREE if len(parallel) == 3 else None,
+        homes=EACH_ITS_OWN if len(parallel) == 3 else None,
         dept={"variant": variant, "rounds": rounds, "n_local": 2, "outer": OUTER},
         federation={"on_silo_loss": "continue", "straggler_minimum_seconds": 4, "straggler_factor": 1.0} | federation,
     )
@@ -78,6 +81,27 @@ def members_by_round(config: RunConfig) -> dict[int, list[int]]:
 
 def hashes(config: RunConfig) -> dict[int, str]:
     return {line["round"]: line["body_hash"] for line in metrics(config.run_dir, "round")}
+
+
+@pytest.mark.parametrize("parallel", [[{}, {}], [{"tensor_model_parallel_size": 2}, {}]])
+def test_where_nobody_is_lost_the_bits_are_those_of_stop(
+    corpus: Corpus, tmp_path: Path, parallel: list[dict[str, Any]]
+) -> None:
+    """And the ledger has to the byte what was foretold, of cursors, losses and bodies nothing differs."""
+    ranks = [part.get("tensor_model_parallel_size", 1) for part in parallel]
+    configs = elastic_configs(corpus, tmp_path / "continue", parallel, rounds=2, variant="trim")
+    stop = elastic_configs(corpus, tmp_path / "stop", parallel, rounds=2, variant="trim", on_silo_loss="stop")
+    assert run_silos(configs, ranks) == run_silos(stop, ranks) == [True] * sum(ranks)
+    for config, expected in zip(configs, stop, strict=True):
+        assert_same_bits(Checkpoint.open(config.run_dir), Checkpoint.open(expected.run_dir))
+        assert losses(config.run_dir) == losses(expected.run_dir) and hashes(config) == hashes(expected)
+        assert metrics(config.run_dir, "membership") == []
+        for entry in read_json(config.run_dir / "ledger.json")["per_round"]:
+            sent = entry["kinds"]
+            assert {kind: sent[kind] for kind in ("body", "embedding", "position")} == {
+                kind: entry["predicted"][kind] for kind in ("body", "embedding", "position")
+            }
+            assert sent["body"] > 0
 
 
 LOSSES = {
@@ -207,3 +231,18 @@ def test_a_silo_that_is_there_already_is_refused(corpus: Corpus, tmp_path: Path)
         results[2]
         == "FederationError: silo 1 is in the federation already; start each launch with a federation.silo of its own"
     )
+
+
+def test_any_silo_may_be_lost_where_none_serves_the_store(corpus: Corpus, tmp_path: Path) -> None:
+    """`tools/rendezvous.py` serves it, and silo 0 is killed."""
+    configs = elastic_configs(corpus, tmp_path, [{}, {}], rounds=3, serve=False)
+    address = configs[0].federation.address
+    assert address is not None
+    tool = subprocess.Popen([sys.executable, str(TOOL), address], stdout=subprocess.DEVNULL)
+    try:
+        assert run_silos(configs, [1, 1], {0: fault.dies_in_step(4)}, dying=(0,)) == [None, True]
+    finally:
+        tool.kill()
+        tool.wait()
+    assert members_by_round(configs[1]) == {0: [0, 1], 1: [1], 2: [1]}
+    assert_mean_of([configs[0], configs[1]], [1], 1)

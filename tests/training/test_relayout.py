@@ -144,7 +144,7 @@ def test_local_phases_that_wait_for_their_turn_are_carried_over(
 
 
 def test_a_checkpoint_is_the_same_whatever_ranks_wrote_it(finished: Finished) -> None:
-    """Names, shapes and vocabularies in a final checkpoint do not depend on silos, stages, data, tensor ranks or ZeRO."""
+    """Names, shapes and vocabularies in a final checkpoint do not depend on silos, stages, ranks or ZeRO."""
     case = CASES["two data ranks to one"]
     shapes = []
     for layout in (Layout(1), Layout(1, 2, stage=2), Layout(2, 2, stage=3), Layout(1, pipe=2, tensor=2)):

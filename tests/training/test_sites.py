@@ -1,7 +1,7 @@
 """Silos that are launches of their own, joined at host:port: the same results as silos of one launch."""
 
+import contextlib
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from megatron_dept.checkpoint.reader import committed
 from megatron_dept.common.errors import FederationError, UserError
 from megatron_dept.config.load import validate_config
 from megatron_dept.config.schema import RunConfig
+from megatron_dept.federation.rendezvous import open_store
 from megatron_dept.topology.launch import Launch
 from megatron_dept.topology.layout import SiloShape
 from megatron_dept.training import joining
@@ -26,6 +27,7 @@ from tests.training.silo_faults import dies_committing, run_silos
 from tests.training.test_identities import SMOOTH, TOLERANCE
 
 HOMES = {"latin": 0, "greek": 1, "code": 0}
+EACH_ITS_OWN = {"latin": 0, "greek": 1, "code": 2}
 
 
 def sources(corpus: Corpus, silo: int | None = None, homes: dict[str, int] | None = None) -> list[dict[str, Any]]:
@@ -164,13 +166,23 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+def joins_meanwhile(config: RunConfig, until: str) -> None:
+    """Join in a thread, which waits for the others in vain; returns once the store has what it comes to leave there."""
+
+    def wait_in_vain() -> None:
+        with contextlib.suppress(UserError):
+            join(config)
+
+    threading.Thread(target=wait_in_vain, daemon=True).start()
+    assert config.federation.address is not None
+    open_store(config.federation.address, False, 20).get(until)
+
+
 def refusal(first: RunConfig, second: RunConfig) -> str:
     """What the launch of `second` is told where `first`'s, which serves the store, has joined before."""
-    waiting = threading.Thread(target=lambda: pytest.raises(FederationError, join, first), daemon=True)
-    waiting.start()
+    joins_meanwhile(first, "charter")
     with pytest.raises(UserError) as error:
         join(second)
-    waiting.join(30)
     return str(error.value)
 
 
@@ -182,7 +194,8 @@ def test_a_launch_that_differs_is_refused_with_the_field(corpus: Corpus, tmp_pat
 
 
 def impatient(configs: list[RunConfig]) -> list[RunConfig]:
-    return [changed(config, federation={"join_timeout_seconds": 1.5}) for config in configs]
+    """Their threads end soon after the test."""
+    return [changed(config, federation={"join_timeout_seconds": 10}) for config in configs]
 
 
 def test_a_launch_of_other_sources_secret_tokenizer_or_version_is_refused(
@@ -214,20 +227,11 @@ def versions(charter: Callable[[RunConfig], dict[str, Any]]) -> Callable[[RunCon
 
 
 def test_a_launch_that_never_comes_and_one_that_comes_twice_are_told(corpus: Corpus, tmp_path: Path) -> None:
-    first, second = impatient(site_configs(corpus, tmp_path / "never", [{}, {}], dept={"variant": "trim"}))
+    never, _ = site_configs(corpus, tmp_path / "never", [{}, {}], federation={"join_timeout_seconds": 1})
     with pytest.raises(FederationError, match="silo 0 waited for silos 1, which did not come in time"):
-        join(first)
-    first, second = impatient(site_configs(corpus, tmp_path / "twice", [{}, {}], dept={"variant": "trim"}))
-    (second.run_dir / "checkpoints" / "step-00000003").mkdir(parents=True)
-    (second.run_dir / "checkpoints" / "step-00000003" / "manifest.json").write_text("{}")
-    again = changed(second).model_copy(update={"run_dir": tmp_path / "elsewhere"})
-    waiting = [
-        threading.Thread(target=lambda c=c: pytest.raises(UserError, join, c), daemon=True) for c in (first, second)
-    ]
-    for thread in waiting:
-        thread.start()
-        time.sleep(0.3)
+        join(never)
+    first, second, _ = impatient(site_configs(corpus, tmp_path / "twice", [{}, {}, {}], homes=EACH_ITS_OWN))
+    joins_meanwhile(first, "card-0")
+    joins_meanwhile(second, "card-1")
     with pytest.raises(FederationError, match="silo 1 is in the federation already"):
-        join(again)
-    for thread in waiting:
-        thread.join(30)
+        join(second.model_copy(update={"run_dir": tmp_path / "elsewhere"}))

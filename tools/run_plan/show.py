@@ -9,7 +9,9 @@ from rich.table import Table
 from megatron_dept.common.progress import format_seconds
 from run_plan.cluster import Cluster
 
-MEMORY = ("weights", "gradients", "masters", "moments", "outer", "embedding", "activations", "logits", "device")
+MEMORY = (
+    "weights", "gradients", "buckets", "masters", "moments", "outer", "embedding", "activations", "logits", "device",
+)  # fmt: skip
 
 
 def show(console: Console, cluster: Cluster, plans: Sequence[dict[str, Any]]) -> None:

@@ -6,6 +6,11 @@ from megatron_dept.config.schema import ModelConfig, Variant
 from megatron_dept.dept.variants import VARIANTS
 from megatron_dept.training.planning.cut import FP32_BYTES, Cut, layers_of_stages, parameters_of_rank, partition, share
 
+PERSISTED_ELEMENTS = 100_000
+"""Parameters of so many elements at most stay whole under ZeRO 3 (DeepSpeed's stage3_param_persistence_threshold)."""
+LARGEST_BUCKET = 50_000_000
+"""Elements of a reduction bucket at most: `engine.silo_engine` asks for no larger one."""
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -13,6 +18,7 @@ class Memory:
 
     weights: int
     gradients: int
+    buckets: int
     masters: int
     moments: int
     outer: int
@@ -33,9 +39,10 @@ def memory_of_rank(
 
     `vocabulary`: rows of the global table; `momentum`: whether the outer optimizer has one.
 
-    - weights: width x held (ZeRO 0 to 2) or x partition (3). gradients: fp32, in which micro-batches are summed, x held
-      (0, 1) or x partition (2, 3). masters: 4 x partition under ZeRO. moments: 8 x partition (x held under ZeRO 0)
-      with AdamW.
+    - weights: width x held (ZeRO 0 to 2) or x partition (3), where small parameters stay whole beside. buckets: ZeRO 3's
+      reduction buffer, fp32 and as large as the body up to a limit. gradients: fp32, in which micro-batches are summed,
+      x held (0, 1) or x partition (2, 3). masters: 4 x partition under ZeRO. moments: 8 x partition (x held under ZeRO
+      0) with AdamW.
     - outer: the round's start, the summed delta and the momentum of this silo's share, in fp32.
     - embedding: fp32 table, gradient, moments, the round's start where rows are shared, and the copy in compute
       precision; first and last stage have it, the position table is the first stage's.
@@ -53,9 +60,12 @@ def memory_of_rank(
     copy = cut.width if cut.width < FP32_BYTES else 0
     owners = cut.silos * cut.data * cut.tensor
     owned = (-(-vocabulary // owners) + -(-positions // owners)) * first * model.hidden_size
+    sharded = cut.zero_stage == 3
+    small = sum(size for size in sizes if size <= PERSISTED_ELEMENTS) if sharded else 0
     return Memory(
-        weights=cut.width * (part if cut.zero_stage == 3 else held),
+        weights=cut.width * (part + small if sharded else held),
         gradients=FP32_BYTES * (part if cut.zero_stage >= 2 else held),
+        buckets=FP32_BYTES * min(held, LARGEST_BUCKET) if sharded else 0,
         masters=FP32_BYTES * part if cut.zero_stage else 0,
         moments=cut.optimizer_moments * FP32_BYTES * (part if cut.zero_stage else held),
         outer=FP32_BYTES * outer,
