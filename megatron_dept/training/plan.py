@@ -22,8 +22,9 @@ from megatron_dept.topology.layout import Layout, SiloShape, accumulation_steps
 from megatron_dept.training.partitions import silo_parts
 from megatron_dept.training.planning.cut import Cut
 from megatron_dept.training.planning.memory import memory_of_rank
+from megatron_dept.training.planning.steps import bytes_of_step
 from megatron_dept.training.sources import SourceSet
-from megatron_dept.training.traffic_plan import FP32_BYTES, TrafficPlan, itemised_body_bytes
+from megatron_dept.training.traffic_plan import TrafficPlan, itemised_body_bytes
 
 
 def build_plan(config: RunConfig, ranks: int, sources: SourceSet | None = None) -> dict[str, Any]:
@@ -133,16 +134,13 @@ def _variant(config: RunConfig, layout: Layout, variant: Variant, sources: Sourc
         (memory_of_rank(config.model, cut, variant, largest, vocab_size, stage, momentum) for stage in range(cut.pipe)),
         key=lambda each: each.device,
     )
-    body = body_parameters(config.model)
-    rows = largest + (config.model.seq_length if config.model.has_position_table else 0)
+    step = bytes_of_step(config.model, cut, largest)
     return {
         "vocabulary_sizes": sizes,
         "embedding_parameters_largest_source": largest * config.model.hidden_size,
         "first_round_sources": list(sampled),
         "bytes_first_round": traffic.round_bytes(sampled),
-        "gradient_bytes_first_round": _gradient_bytes(
-            same, layout.shapes[0], body, rows * config.model.hidden_size, len(sampled)
-        ),
+        "silo_bytes_first_round": {kind: sent * config.dept.n_local * len(sampled) for kind, sent in step.items()},
         "body_bytes_itemised": itemised,
         "body_partition": {"elements": max(part.partition for part in first)},
         "stages": [_stages(same, shape, largest) for shape in layout.shapes],
@@ -180,28 +178,21 @@ def _stages(config: RunConfig, shape: SiloShape, vocabulary: int) -> list[dict[s
     ]
 
 
-def _gradient_bytes(config: RunConfig, shape: SiloShape, body: int, embedding: int, sources: int) -> int:
-    """Leading term of what data ranks reduce within silos in a round: 2 (D - 1) / D of every gradient, every step.
-
-    The body's gradient travels in the compute dtype, the embedding's in fp32.
-    """
-    width = 2 if config.training.precision == "bf16" else FP32_BYTES
-    return 2 * (shape.data - 1) * (body * width + embedding * FP32_BYTES) * config.dept.n_local * sources
-
-
 def _variants_table(plan: dict[str, Any]) -> Table:
     columns = (
         "variant",
         "rows, largest source",
-        "parameters",
+        "model",
         "body",
         "formula + copies + padding of partitions + of shares",
         "embedding",
         "position",
         "gradients",
+        "parameters",
+        "activations",
     )
     table = Table(
-        *columns, title="Bytes that all ranks send in the first round (gradients: within silos, leading term)"
+        *columns, title="Bytes that all ranks send in the first round (last three: inside silos, of the largest source)"
     )
     for variant, entry in plan["variants"].items():
         sent = entry["bytes_first_round"]
@@ -214,7 +205,7 @@ def _variants_table(plan: dict[str, Any]) -> Table:
             " + ".join(f"{item:,}" for item in entry["body_bytes_itemised"].values()),
             f"{sent['embedding']:,}",
             f"{sent['position']:,}",
-            f"{entry['gradient_bytes_first_round']:,}",
+            *(f"{inside:,}" for inside in entry["silo_bytes_first_round"].values()),
         )
     return table
 

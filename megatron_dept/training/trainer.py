@@ -7,7 +7,6 @@ is called: at the slot's end, at a checkpoint within it, and as soon as one of t
 """
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,14 +18,14 @@ from megatron_dept.config.schema import RunConfig
 from megatron_dept.dept.sampling import sample_sources
 from megatron_dept.dept.schedule import ScheduleRule, cycle_learning_rate, learning_rate
 from megatron_dept.dept.variants import VARIANTS
-from megatron_dept.engine.embedding_owner import EmbeddingOwner
 from megatron_dept.engine.silo_engine import SiloEngine
 from megatron_dept.engine.world import World
 from megatron_dept.federation.body_exchange import Exchange
 from megatron_dept.training.body_hash import agree_on_body
 from megatron_dept.training.elastic import Elastic
-from megatron_dept.training.embeddings import EmbeddingBroker, HeldEmbedding
+from megatron_dept.training.embeddings import EmbeddingBroker
 from megatron_dept.training.inner_state import InnerState
+from megatron_dept.training.local_phase import LocalPhase
 from megatron_dept.training.metrics import LedgerFile, Metrics, Pace
 from megatron_dept.training.progress_state import Flight, RunProgress
 from megatron_dept.training.save_schedule import is_due_after, save_steps
@@ -37,30 +36,6 @@ from megatron_dept.training.step_report import StepReporter
 from megatron_dept.training.traffic_plan import TrafficPlan
 from megatron_dept.training.validation import Validation, report_scores
 from megatron_dept.training.watch import FailureWatch
-
-
-@dataclass
-class LocalPhase:
-    """This silo's turn of one source in one slot; an idle silo has none but keeps step with the others."""
-
-    source: Source | None
-    held: HeldEmbedding | None
-    step: int = 0
-    bad: int = 0
-    trained: int = 0
-    """Steps since the silos last met."""
-    skipped: int = 0
-    """Of those, the skipped ones."""
-    stop: bool = False
-
-    @property
-    def name(self) -> str | None:
-        return self.source.name if self.source is not None else None
-
-    @property
-    def owner(self) -> EmbeddingOwner | None:
-        """None on an idle silo, and on the middle stages of a pipeline."""
-        return self.held.owner if self.held is not None else None
 
 
 class Trainer:

@@ -72,7 +72,7 @@ class FailureWatch:
         self._silence = max(SILENCE_SECONDS, 3 * ALARM_BEATS * self._interval)
         self._verdict: str | None = None
         self._own_failure: str | None = None
-        self._alarmed = self._raised = self._unanswered = False
+        self._suspects = self._raised = self._alarmed = self._unanswered = False
         self._beats = self._answers = self._hearers = 0
         self._found, self._wake, self._closed = threading.Event(), threading.Event(), threading.Event()
         self._keeper = None if roster.keeper is None else _Pulse(roster.keeper)
@@ -94,13 +94,14 @@ class FailureWatch:
         self._enter(before)
 
     def close(self) -> None:
-        """The run has ended well: what ranks do from here on is no failure."""
+        """Say goodbye: the run has ended well, or its end has been explained."""
         self._closed.set()
         self._wake.set()
         if self._speaker.is_alive() and not self._unanswered:
             self._speaker.join(2 * self._patience)
         if self._roster.note is not None and self._roster.keeps_store:
-            self._roster.note.unlink(missing_ok=True)
+            with suppress(OSError):
+                self._roster.note.unlink()
 
     def tell(self, message: str) -> None:
         """Tell all ranks that this one has failed; a store that is gone has told them already."""
@@ -115,7 +116,7 @@ class FailureWatch:
         """
         if self._store is None:
             return f"{what}; {REMEDY_OF_LOSS}"
-        self._alarmed = True
+        self._suspects = True
         self._wake.set()
         self._found.wait(self._patience)
         if self._verdict is None:
@@ -178,7 +179,7 @@ class FailureWatch:
     def _beat(self, store: dist.Store, passed: float) -> None:
         self._beats += 1
         self._show_life(store)
-        if self._alarmed and not self._raised:
+        if self._suspects and not self._raised:
             self._raised = True
             store.add(_ALARM, 1)
         self._alarmed = store.add(_ALARM, 0) > 0

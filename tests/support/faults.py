@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -70,6 +71,11 @@ def dies_in_commit(rank: int, save: int) -> Fault:
 def freezes(rank: int, step: int) -> Fault:
     """`rank` is stopped (SIGSTOP) as its `step`-th inner step (counted from 0) begins: its connections stay open."""
     return partial(_at_step, rank, step, _freeze)
+
+
+def suspended(step: int, seconds: float) -> Fault:
+    """All ranks are stopped as their `step`-th inner step (counted from 0) begins, and go on so many seconds later."""
+    return partial(_suspended, step, seconds)
 
 
 def sleeps(rank: int, step: int, seconds: float) -> Fault:
@@ -225,6 +231,14 @@ def _dies_at_call(owner: Any, name: str, call: int) -> None:
 
 def _freeze() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _suspended(step: int, seconds: float, launch: Launch) -> None:
+    def suspend() -> None:
+        subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    _at_step(launch.rank, step, suspend, launch)
 
 
 def _die() -> NoReturn:

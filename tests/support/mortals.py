@@ -35,7 +35,7 @@ class End:
 def run_to_end(configs: list[RunConfig], ranks: list[int], fault: Fault, limit: float = 60) -> list[End]:
     """Each configuration as a launch of its own of so many ranks; `fault` is called with ranks counted over all.
 
-    Returns how each rank ended, in that order. Ranks that a fault froze count as killed once all others have ended.
+    Returns how each rank ended, in that order. Ranks that a fault froze are killed once all others have ended.
     Raises AssertionError naming the ranks that were still there `limit` seconds after the start.
     """
     context = _server()
@@ -74,7 +74,8 @@ def _ends(processes: list[Any], deadline: float) -> list[float]:
         now = time.monotonic()
         ended |= {running[sentinel]: now for sentinel in ready}  # type: ignore[index]
         left = [place for place in range(len(processes)) if place not in ended]
-        if not ready and left and all(_is_frozen(processes[place].pid) for place in left):
+        # Only a rank that nobody will wake: where one is suspended for a while, the others are too.
+        if not ready and ended and left and all(_is_frozen(processes[place].pid) for place in left):
             for place in left:
                 processes[place].kill()
         assert now < deadline, f"ranks {left} of {len(processes)} are still there"

@@ -9,7 +9,7 @@ from run_plan.cluster import Cluster
 from run_plan.models import MODELS
 from run_plan.plan import Vocabularies, build_plan, fill_silo
 from run_plan.timing import bubble, exchange_time, step_time
-from run_plan.traffic import bytes_of_round, exchange_bytes, leaving_share, stage_traffic, synchronous_bytes
+from run_plan.traffic import bytes_of_round, exchange_bytes, leaving_share, synchronous_bytes
 
 from megatron_dept.common.errors import ConfigError
 from megatron_dept.config.schema import ModelConfig
@@ -17,6 +17,7 @@ from megatron_dept.models.build import body_shapes
 from megatron_dept.models.flops import body_parameters, flops_per_token
 from megatron_dept.training.planning.cut import Cut, check_cut, layers_of_stages, parameters_of_rank, partition
 from megatron_dept.training.planning.memory import activation_bytes, memory_of_rank
+from megatron_dept.training.planning.steps import stage_traffic
 from tests.support.corpus import Corpus
 from tests.support.runs import small_config, train
 

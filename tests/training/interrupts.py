@@ -135,7 +135,8 @@ def _killed_rank(launch: Launch, config: RunConfig, after_save: int) -> bool:
 
 
 def _resaved_rank(launch: Launch, config: RunConfig) -> bool:
-    from megatron_dept.training.trainer import LocalPhase, Trainer
+    from megatron_dept.training.local_phase import LocalPhase
+    from megatron_dept.training.trainer import Trainer
 
     def train(self: Trainer, local: LocalPhase, saves: set[int]) -> bool:
         self._meet(local)

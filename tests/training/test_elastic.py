@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from megatron_dept.checkpoint.reader import Checkpoint
+from megatron_dept.common.errors import ConfigError
 from megatron_dept.common.files import read_json
+from megatron_dept.config.load import validate_config
 from megatron_dept.config.schema import RunConfig
 from tests.support.corpus import Corpus
 from tests.support.runs import losses, metrics
@@ -156,6 +158,11 @@ def test_the_late_and_the_stopped_come_back(corpus: Corpus, tmp_path: Path) -> N
     for config in configs[1:]:
         assert hashes(config).items() <= hashes(configs[0]).items()
     assert sorted(hashes(configs[1])) == [0, 2, 3, 4, 5] and sorted(hashes(configs[2])) == [0, 1, 2, 4, 5]
+    # What they trained in the round that they were left out of is gone, and adds to no later one.
+    for silo, round in ((1, 1), (2, 3)):
+        left = record(configs[silo], round)
+        assert left["before.delta"].any() and left["before.token.counts"].any()
+        assert not any(left[f"after.{what}"].any() for what in ("delta", "token.sums", "token.counts"))
     reasons = [line["reason"] for line in metrics(configs[0].run_dir, "membership")]
     assert reasons == [
         "silo 1 is left out of round 2 (late by more than 4 s); going on with silos 0, 2",
@@ -246,3 +253,11 @@ def test_any_silo_may_be_lost_where_none_serves_the_store(corpus: Corpus, tmp_pa
         tool.wait()
     assert members_by_round(configs[1]) == {0: [0, 1], 1: [1], 2: [1]}
     assert_mean_of([configs[0], configs[1]], [1], 1)
+
+
+def test_saving_within_rounds_is_refused(corpus: Corpus, tmp_path: Path) -> None:
+    (config, _) = elastic_configs(corpus, tmp_path, [{}, {}], rounds=2)
+    values = config.model_dump(mode="json")
+    values["checkpoint"]["save_interval_unit"] = "steps"
+    with pytest.raises(ConfigError, match="set checkpoint.save_interval_unit: rounds"):
+        validate_config(values, "test")

@@ -26,6 +26,7 @@ from tests.support.faults import (
     freezes,
     impatient,
     sleeps,
+    suspended,
     together,
 )
 from tests.support.mortals import End, run_to_end
@@ -162,6 +163,13 @@ def test_a_frozen_rank_is_missed_though_its_connections_stand(corpus: Corpus, tm
     else:
         assert f"{name} is gone (last seen in phase inner step " in error
     assert error.partition("; noticed in phase ")[2].startswith(("inner step: ", "meeting: "))
+
+
+def test_a_run_that_was_suspended_goes_on(corpus: Corpus, tmp_path: Path) -> None:
+    """Ctrl-Z and fg: no rank has listened meanwhile, so none has been silent."""
+    config = two_sources(corpus, tmp_path / "run", **DATA)
+    ends = run_to_end([config], [2], together(impatient(beat=0.1, silence=1.5, grace=0.0), suspended(1, 4)))
+    assert [(end.code, end.stderr) for end in ends] == [(0, "")] * 2
 
 
 @pytest.mark.parametrize("rank", [0, 3], ids=["the one with the store", "another"])

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from megatron_dept.config.schema import ModelConfig, Variant
 from megatron_dept.dept.variants import VARIANTS
 from megatron_dept.training.planning.cut import Cut, flops_of_stages
+from megatron_dept.training.planning.steps import stage_traffic
 from run_plan.cluster import Cluster
-from run_plan.traffic import exchange_bytes, leaving_share, stage_traffic, synchronous_bytes
+from run_plan.traffic import exchange_bytes, leaving_share, synchronous_bytes
 
 
 @dataclass(frozen=True)

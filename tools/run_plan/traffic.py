@@ -12,12 +12,12 @@ from megatron_dept.dept.variants import VARIANTS
 from megatron_dept.training.planning.cut import (
     FP32_BYTES,
     Cut,
-    copied_parameters,
     layers_of_stages,
     parameters_of_rank,
     partition,
     share,
 )
+from megatron_dept.training.planning.steps import data_passes, stage_traffic, table_elements
 from run_plan.cluster import Cluster
 
 
@@ -34,17 +34,6 @@ class Flow:
     rank_bytes: float
     all_bytes: float
     per_step: bool
-
-
-@dataclass(frozen=True)
-class StageTraffic:
-    """Bytes that one rank of a stage sends in one step, whatever the link."""
-
-    tensor: float
-    pipe: float
-    ends: float
-    gradient: float
-    parameter: float
 
 
 def bytes_of_round(
@@ -116,51 +105,10 @@ def synchronous_bytes(model: ModelConfig, cut: Cut, rows: int) -> dict[str, floa
     hops = (cut.silos - 1) / cut.silos
     for stage, layers in enumerate(layers_of_stages(model, cut, rows)):
         held = cut.tensor * sum(parameters_of_rank(model, cut.tensor, layers, stage == cut.pipe - 1))
-        table = sum(_table(model, cut, rows, stage, rank) for rank in range(cut.tensor))
+        table = sum(table_elements(model, cut, rows, stage, rank) for rank in range(cut.tensor))
         found["gradient"] += hops * (held * gradient + 2 * table) * FP32_BYTES
         found["parameter"] += hops * held * parameter * cut.width
     return found
-
-
-def data_passes(cut: Cut) -> tuple[int, int]:
-    """How often a step moves the whole gradient, and the whole parameters, over the data ranks, in ring passes.
-
-    ZeRO 0: an all-reduce's two passes. 1: so too, at the step's end, and the new parameters once. 2: after each
-    micro-batch. (Rajbhandari et al. 2020 reduce to owners, one pass; DeepSpeed all-reduces and keeps the owner's part.)
-    3: gradients to their owners after each micro-batch; parameters in its forward and its backward. Gradients are fp32.
-    """
-    m = cut.micro_batches
-    return {0: (2, 0), 1: (2, 1), 2: (2 * m, 1), 3: (m, 2 * m)}[cut.zero_stage]
-
-
-def stage_traffic(model: ModelConfig, cut: Cut, rows: int, stage: int, tensor_rank: int = 0) -> StageTraffic:
-    """What one rank of a stage sends in a step.
-
-    tensor, per micro-batch: four all-reduces of b s h a layer (two forward, two backward; with sequence parallelism as
-    many bytes in gathers and scatters), six with checkpointing; one more for the head, one in fp32 for the look-up;
-    three numbers a token for the loss; with sequence parallelism the gradients of what every rank holds.
-    pipe: b s h to the next stage and its gradient to the previous one. ends: the tied table's gradient, once a step.
-    """
-    layers = layers_of_stages(model, cut, rows)[stage]
-    first, last = stage == 0, stage == cut.pipe - 1
-    tokens = cut.micro_batch * model.seq_length
-    hidden = tokens * model.hidden_size * cut.width
-    reduced = hidden * (layers * (6 if cut.activation_checkpointing else 4) + last)
-    reduced += FP32_BYTES * tokens * (model.hidden_size * first + 3 * last)
-    reduced += cut.width * copied_parameters(model, layers, last) * cut.sequence_parallel
-    held = sum(parameters_of_rank(model, cut.tensor, layers, last))
-    gradient, parameter = data_passes(cut)
-    pass_share = (cut.data - 1) / cut.data
-    table = _table(model, cut, rows, stage, tensor_rank)
-    tied = table - _positions(model, stage, tensor_rank) if cut.pipe > 1 else 0
-    between_stages = hidden / (cut.tensor if cut.sequence_parallel else 1)
-    return StageTraffic(
-        tensor=cut.micro_batches * reduced * 2 * (cut.tensor - 1) / cut.tensor,
-        pipe=cut.micro_batches * between_stages * ((not last) + (not first)),
-        ends=tied * FP32_BYTES,
-        gradient=pass_share * (held * gradient + 2 * table) * FP32_BYTES,
-        parameter=pass_share * held * parameter * cut.width,
-    )
 
 
 def leaving_share(cut: Cut, per_node: int, stride: int, count: int, closed: bool = True) -> float:
@@ -218,18 +166,6 @@ def _rows_inside(model: ModelConfig, cut: Cut, cluster: Cluster, variant: Varian
         for kind, moved in (("embedding", tokens), ("position", positions_moved))
         for a_silo in (moved * model.hidden_size * FP32_BYTES,)
     ]
-
-
-def _table(model: ModelConfig, cut: Cut, rows: int, stage: int, tensor_rank: int) -> int:
-    """Elements of the embedding that a rank has: its rows on the first and last stage, and positions."""
-    own = (rows + cut.tensor - 1 - tensor_rank) // cut.tensor if stage in (0, cut.pipe - 1) else 0
-    return own * model.hidden_size + _positions(model, stage, tensor_rank)
-
-
-def _positions(model: ModelConfig, stage: int, tensor_rank: int) -> int:
-    """Elements of the position table, which tensor rank 0 of the first stage has."""
-    here = model.has_position_table and stage == tensor_rank == 0
-    return model.seq_length * model.hidden_size if here else 0
 
 
 def _joined(flows: list[Flow]) -> list[Flow]:

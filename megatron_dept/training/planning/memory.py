@@ -39,7 +39,7 @@ def memory_of_rank(
 
     `vocabulary`: rows of the global table; `momentum`: whether the outer optimizer has one.
 
-    - weights: width x held (ZeRO 0 to 2) or x partition (3), where small parameters stay whole beside. buckets: ZeRO 3's
+    - weights: width x held (ZeRO 0 to 2) or x partition (3), where small parameters stay whole too. buckets: ZeRO 3's
       reduction buffer, fp32 and as large as the body up to a limit. gradients: fp32, in which micro-batches are summed,
       x held (0, 1) or x partition (2, 3). masters: 4 x partition under ZeRO. moments: 8 x partition (x held under ZeRO
       0) with AdamW.
