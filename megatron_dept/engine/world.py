@@ -270,4 +270,7 @@ def _store(launch: Launch, timeout: timedelta) -> dist.Store | None:
     if launch.world_size == 1:
         return None
     serve = launch.rank == 0 and not torchrun_serves()
-    return dist.TCPStore(launch.address, launch.port, launch.world_size, serve, timeout=timeout)
+    store = dist.TCPStore(launch.address, launch.port, launch.world_size, serve, timeout=timeout)
+    # torchrun's agent keeps its store when it starts the ranks again: nothing of an earlier attempt may be found there.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"attempt-{attempt}", store)

@@ -74,8 +74,16 @@ def freezes(rank: int, step: int) -> Fault:
 
 
 def suspended(step: int, seconds: float) -> Fault:
-    """All ranks are stopped as their `step`-th inner step (counted from 0) begins, and go on so many seconds later."""
+    """All ranks are stopped as their `step`-th inner step (counted from 0) begins, and go on so many seconds later.
+
+    In rank order each stops half a second before the one before it and goes on half a second after it.
+    """
     return partial(_suspended, step, seconds)
+
+
+def lingers(rank: int, seconds: float) -> Fault:
+    """`rank` takes so long to leave when the run has ended well and the others go."""
+    return partial(_lingers, rank, seconds)
 
 
 def sleeps(rank: int, step: int, seconds: float) -> Fault:
@@ -235,10 +243,21 @@ def _freeze() -> None:
 
 def _suspended(step: int, seconds: float, launch: Launch) -> None:
     def suspend() -> None:
-        subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"])
+        time.sleep((launch.world_size - 1 - launch.rank) / 2)
+        subprocess.Popen(["sh", "-c", f"sleep {seconds + launch.rank}; kill -CONT {os.getpid()}"])
         os.kill(os.getpid(), signal.SIGSTOP)
 
     _at_step(launch.rank, step, suspend, launch)
+
+
+def _lingers(rank: int, seconds: float, launch: Launch) -> None:
+    from megatron_dept.training.trainer import Trainer
+
+    def leave(self: Trainer, finished: bool) -> None:
+        time.sleep(seconds)
+
+    if launch.rank == rank:
+        Trainer.leave = leave  # type: ignore[method-assign]
 
 
 def _die() -> NoReturn:

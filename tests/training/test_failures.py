@@ -25,6 +25,7 @@ from tests.support.faults import (
     elsewhere,
     freezes,
     impatient,
+    lingers,
     sleeps,
     suspended,
     together,
@@ -191,7 +192,7 @@ def test_separate_launches_end_together(corpus: Corpus, tmp_path: Path, rank: in
 def test_an_ordinary_run_alarms_nobody(corpus: Corpus, tmp_path: Path) -> None:
     """Ranks that end well say goodbye, whoever is first; with a watch that looks all the time."""
     config = two_sources(corpus, tmp_path / "run", **DATA)
-    ends = run_to_end([config], [4], impatient(beat=0.02, silence=15, grace=0.0))
+    ends = run_to_end([config], [4], together(impatient(beat=0.02, silence=15, grace=0.0), lingers(0, 2)))
     assert [(end.code, end.stderr) for end in ends] == [(0, "")] * 4
     assert len(metrics(config.run_dir, "step")) == 2 * 2 * 3
 
