@@ -16,6 +16,7 @@ from typing import NoReturn
 from megatron_dept.common.cli import EXIT_INTERRUPTED, explain_refusal, positive_int
 from megatron_dept.common.errors import EXIT_USER_ERROR, ConfigError, UserError
 from megatron_dept.config.load import describe_fields, load_config
+from megatron_dept.config.schema import RunConfig
 from megatron_dept.topology.launch import Launch, discover_over_mpi, read_launch
 
 GRACE_SECONDS = 5.0
@@ -53,7 +54,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(argv: Sequence[str], launch: Launch) -> int:
-    """Run as told; the exit code: 0 finished, or asked to stop and saved."""
+    """Run as told; the exit code: 0 finished, or asked to stop (`farewell` says what is saved)."""
     arguments, overrides = parse(argv)
     config = load_config(arguments.config, overrides)
     if arguments.dry_run:
@@ -67,8 +68,18 @@ def main(argv: Sequence[str], launch: Launch) -> int:
 
     launch = launch if launch.address else discover_over_mpi(launch)
     if not run(config, launch) and launch.rank == 0:
-        print(f"stopped as asked; the same command goes on from {config.run_dir / 'checkpoints'}", flush=True)
+        print(farewell(config), flush=True)
     return 0
+
+
+def farewell(config: RunConfig) -> str:
+    """What becomes of a run that was asked to stop."""
+    if config.federation.on_silo_loss == "continue":
+        return (
+            "left the federation as asked; the round in progress is not saved: the same command joins again from the "
+            f"last boundary in {config.run_dir / 'checkpoints'}, or where the other silos are by then"
+        )
+    return f"stopped as asked; the same command goes on from {config.run_dir / 'checkpoints'}"
 
 
 def guarded(argv: Sequence[str]) -> int:

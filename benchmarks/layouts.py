@@ -46,6 +46,7 @@ from tests.support.corpus import write_dataset
 from tests.support.distributed import run_ranks
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "1 rank, ZeRO 1": (1, {}),
     "data 2, ZeRO 0": (2, {"zero_stage": 0}),
     "data 2, ZeRO 1": (2, {"zero_stage": 1}),
     "data 2, ZeRO 2": (2, {"zero_stage": 2}),
@@ -161,7 +162,7 @@ def plain_stepper(config: RunConfig, world: World) -> Callable[[list[tuple[Tenso
             dist_init_required=False,
         )
         return lambda batches: float(engine.train_batch(iter(batches))) and None
-    model = PlainModel(embedding(), build_body(config.model, 1, part=part))
+    model = PlainModel(embedding(), build_body(config.model, 1, part=part)).to(world.device)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=build_optimizer(list(model.parameters()), config.optimizer),
@@ -171,7 +172,7 @@ def plain_stepper(config: RunConfig, world: World) -> Callable[[list[tuple[Tenso
     )
 
     def step(batches: list[tuple[Tensor, Tensor]]) -> None:
-        total = torch.zeros(())
+        total = torch.zeros((), device=world.device)
         for inputs, targets in batches:
             loss = engine(inputs, targets)
             engine.backward(loss)

@@ -314,3 +314,7 @@ def test_dry_run_prints_the_plan_and_touches_nothing(corpus, tmp_path):
     assert "4 ranks;" in outcome.stdout
     for part in ("Rank map", "Memory", "glob", "trim", "spec", "spec_opt", "std", "act"):
         assert part in outcome.stdout, part
+    assert "idle" not in outcome.stdout
+    many = small_config(corpus, tmp_path / "many", parallel={"silos": 4}, dept={"variant": "trim"})
+    (outcome,) = run_command(many, 1, flags=["--dry-run", "--ranks", "4"])
+    assert outcome.stdout.splitlines().count("1 of 4 silos idle in every round; set parallel.silos: 3") == 1

@@ -46,6 +46,7 @@ def build_parser() -> ToolParser:
     parser.add_argument("--data", type=positive_int, help="data ranks; left out: as many as a silo's devices leave")
     parser.add_argument("--zero-stage", type=non_negative_int, default=1, choices=range(4))
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--offload-optimizer", action="store_true", help="masters and moments in host memory")
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--activation-checkpointing", action="store_true")
     parser.add_argument("--micro-batch-size", type=positive_int, default=1, help="sequences a rank computes at once")
@@ -92,6 +93,7 @@ def _cut(options: Namespace, silos: int) -> Cut:
         tensor=options.tensor,
         zero_stage=options.zero_stage,
         precision=options.precision,
+        offload_optimizer=options.offload_optimizer,
         sequence_parallel=options.sequence_parallel,
         activation_checkpointing=options.activation_checkpointing,
         micro_batch=options.micro_batch_size,

@@ -1,12 +1,14 @@
 """Writing a checkpoint: every rank its slices, then one manifest renamed into place.
 
 A directory without a manifest is no checkpoint: a run killed while saving leaves the earlier ones as they were, and the
-next save sweeps the remains.
+next save sweeps the remains. Silos that are launches of their own write one each: those of one save have the same
+`save_id`, and no others have it, of whatever name.
 """
 
-import itertools
 import os
+import re
 import shutil
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from megatron_dept.checkpoint.store import SOURCE_MARK
 from megatron_dept.common.errors import CheckpointError, UserError
 from megatron_dept.common.files import flush_to_disk, write_json
 
+_NAME = re.compile(r"step-\d+(?:-(\d+))?")
+"""A checkpoint of a run; what a user has put beside them under another name is the user's."""
 GatherAll = Callable[[object], list[object]]
 """Everyone's picklable value, in rank order: the one collective a save needs."""
 
@@ -35,7 +39,8 @@ def save_checkpoint(
 ) -> Path:
     """Save and commit one checkpoint. Collective: every rank calls it with its own `tensors` and `links`.
 
-    Returns where: `directory`, or, where that is committed already, a neighbour that sorts after it.
+    Returns where: `directory`, or, where that is committed already, a neighbour that sorts after it. Committed ones
+    that sort after that are of an attempt that was given up: they are removed, with all but the last older ones.
     `together`: the ranks that write into one directory; silos that are launches of their own have one each, and none
     commits its manifest before all have written everything (two phases).
     `links`: files of the source store that this rank answers for, linked in (copied across file systems). `manifest`:
@@ -43,9 +48,9 @@ def save_checkpoint(
     failed; earlier checkpoints are then untouched.
     """
     failure, chosen = _attempt(lambda: _fresh(directory) if rank == together[0] else None)
-    answers: list[Any] = gather_all((failure, chosen))
+    answers: list[Any] = gather_all((failure, chosen, uuid.uuid4().hex if rank == 0 else None))
     _agree([answer[0] for answer in answers], directory, sweep=False)
-    directory = answers[together[0]][1]
+    directory, save_id = answers[together[0]][1], answers[0][2]
     names: list[str] = []
 
     def write() -> None:
@@ -68,7 +73,7 @@ def save_checkpoint(
     files: dict[str, int] = {}
     for report in reports[together.start : together.stop]:
         files |= report[1]
-    full = {"format_version": FORMAT_VERSION, **manifest, "files": files}
+    full = {"format_version": FORMAT_VERSION, "save_id": save_id, **manifest, "files": files}
 
     def commit() -> None:
         write_json(directory / MANIFEST, full)
@@ -79,11 +84,29 @@ def save_checkpoint(
     failure, _ = _attempt(commit) if rank == together[0] else (None, None)
     _agree(gather_all(failure), directory, sweep=rank == together[0])
     if rank == together[0]:
-        for old in committed(directory.parent)[:-keep_last]:
-            # The manifest goes first, so that a half-removed checkpoint is none.
-            (old / MANIFEST).unlink()
-            shutil.rmtree(old)
+        remove_newer(directory)
+        for old in _ours(directory.parent)[:-keep_last]:
+            _remove(old)
     return directory
+
+
+def remove_newer(checkpoint: Path) -> list[Path]:
+    """Remove the run's checkpoints that sort after `checkpoint`, newest first; which. For one rank of a directory."""
+    newer = [path for path in _ours(checkpoint.parent) if path.name > checkpoint.name]
+    for path in reversed(newer):
+        _remove(path)
+    return newer
+
+
+def _ours(directory: Path) -> list[Path]:
+    """The run's committed checkpoints, oldest first."""
+    return [path for path in committed(directory) if _NAME.fullmatch(path.name)]
+
+
+def _remove(checkpoint: Path) -> None:
+    """The manifest goes first, so that a half-removed checkpoint is none."""
+    (checkpoint / MANIFEST).unlink()
+    shutil.rmtree(checkpoint)
 
 
 def _attempt(action: Callable[[], Path | None]) -> tuple[str | None, Path | None]:
@@ -116,7 +139,9 @@ def _fresh(directory: Path) -> Path:
     for path in directory.parent.glob("step-*"):
         if path.is_dir() and path.name not in keep:
             shutil.rmtree(path)
-    names = (directory.name if not again else f"{directory.name}-{again:02d}" for again in itertools.count())
-    chosen = directory.with_name(next(name for name in names if name not in keep))
+    # After the last neighbour: where the first has been pruned, a new one in its place would sort before the others.
+    same = [_NAME.fullmatch(name) for name in keep if name.startswith(directory.name)]
+    again = 1 + max((int(found[1] or 0) for found in same if found), default=-1)
+    chosen = directory.with_name(f"{directory.name}-{again:02d}" if again else directory.name)
     chosen.mkdir()
     return chosen

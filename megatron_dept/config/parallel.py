@@ -117,7 +117,9 @@ class FederationConfig(Section):
     token_file: Path | None = Field(None, description="file with the secret that all silos share")
     join_timeout_seconds: float = Field(600.0, gt=0, description="how long silos wait for one another at the start")
     on_silo_loss: Literal["stop", "continue"] = Field(
-        "stop", description="continue: the other silos go on, and the lost one may join again"
+        "stop",
+        description="continue: the other silos go on, and the lost one may join again; what is asked to stop (SIGTERM) "
+        "leaves without saving the round in progress",
     )
     straggler_factor: float = Field(
         3.0, ge=1, description="continue: a silo is waited for up to so many times the measured length of a round"

@@ -207,9 +207,19 @@ class RunConfig(Section):
                 "checkpoint.save_interval_unit steps with federation.on_silo_loss continue: silos that train without "
                 "one another share no step to save at; set checkpoint.save_interval_unit: rounds"
             )
+        if federation.separate and self.checkpoint.keep_last == 1:
+            raise ValueError(
+                "checkpoint.keep_last 1 with federation.address: silos that end within a save have only the one before "
+                "in common; set checkpoint.keep_last: 2, or more"
+            )
         silos = federation.silos or self.parallel.silos
         homes = [source.home for source in self.sources]
         if federation.separate:
+            if self.parallel.shapes is not None:
+                raise ValueError(
+                    "parallel.shapes are silos of one launch: with federation.address every launch is one silo; set "
+                    "this launch's sizes instead"
+                )
             if self.parallel.silos != 1:
                 raise ValueError(
                     f"parallel.silos {self.parallel.silos}: with federation.address every launch is one silo; remove it"

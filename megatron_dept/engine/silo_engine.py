@@ -19,7 +19,8 @@ import deepspeed  # noqa: E402  the accelerator is chosen above, before DeepSpee
 import deepspeed.ops  # noqa: E402
 from deepspeed.runtime import bf16_optimizer  # noqa: E402
 
-from megatron_dept.config.schema import ParallelConfig, RunConfig  # noqa: E402
+from megatron_dept.common.sizes import LARGEST_BUCKET  # noqa: E402
+from megatron_dept.config.schema import RunConfig  # noqa: E402
 from megatron_dept.engine.body_shards import body_shards  # noqa: E402
 from megatron_dept.engine.body_shards.base import replaced  # noqa: E402
 from megatron_dept.engine.embedding_owner import EmbeddingOwner, build_optimizer  # noqa: E402
@@ -30,9 +31,6 @@ from megatron_dept.models.embedding import SourceEmbedding  # noqa: E402
 from megatron_dept.models.tags import check_tagged  # noqa: E402
 from megatron_dept.tensor_parallel.shards import shard_of  # noqa: E402
 from megatron_dept.topology.layout import accumulation_steps  # noqa: E402
-
-LARGEST_BUCKET = 50_000_000
-"""Elements of a reduction bucket at most; DeepSpeed allocates it whole, so small bodies get a small one."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +188,7 @@ class SiloEngine:
             "train_batch_size": training.global_batch_size,
             "train_micro_batch_size_per_gpu": training.micro_batch_size,
             "gradient_accumulation_steps": self.accumulation_steps,
-            "zero_optimization": _zero_config(config.parallel, elements, self._world.device.type == "cuda"),
+            "zero_optimization": _zero_config(config, elements, self._world.device.type == "cuda"),
             # DeepSpeed calls plain SGD untested; tests/engine tests it.
             "zero_allow_untested_optimizer": config.optimizer.optimizer == "sgd",
             # The optimizer of an offloaded body is torch's too: its state is saved and loaded like any other.
@@ -207,8 +205,8 @@ class SiloEngine:
         }
 
 
-def _zero_config(parallel: ParallelConfig, elements: int, on_gpu: bool) -> dict[str, Any]:
-    stage = parallel.zero_stage
+def _zero_config(config: RunConfig, elements: int, on_gpu: bool) -> dict[str, Any]:
+    parallel, stage = config.parallel, config.parallel.zero_stage
     # DeepSpeed wants an even number.
     bucket = min(elements + elements % 2, LARGEST_BUCKET)
     zero: dict[str, Any] = {"stage": stage}
@@ -217,7 +215,14 @@ def _zero_config(parallel: ParallelConfig, elements: int, on_gpu: bool) -> dict[
     if stage in (1, 2):
         zero["allgather_bucket_size"] = bucket
     if stage == 3:
-        zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_max_live_parameters": elements}
+        # A gathered parameter is let go after its use: at DeepSpeed's default distance, 1e9 elements, the forward of a
+        # smaller body would leave all of it whole. About one layer is fetched ahead.
+        layer = min(-(-elements // config.model.num_layers), LARGEST_BUCKET)
+        zero |= {
+            "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": layer,
+            "stage3_max_live_parameters": 2 * layer,
+        }
     if parallel.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     return zero

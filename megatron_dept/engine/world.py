@@ -21,6 +21,9 @@ from megatron_dept.federation.mpi import MpiCommunicator, mpi_group
 from megatron_dept.topology.launch import Launch
 from megatron_dept.topology.layout import Coordinate, Layout, SiloShape
 
+_ONE_GPU_A_TASK = frozenset(("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND", "SLURM_TRES_PER_TASK"))
+"""Variables of a Slurm step that may show each rank one GPU of its own, as number 0."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -117,6 +120,16 @@ class World:
         self.leaders.barrier()
         self.silo.barrier()
 
+    def close(self) -> None:
+        """Leave all groups; only after success: to leave one whose peers have failed can take as long as they."""
+        own = {id(group): group for group in (self.tensor, self.data, self.stages, self.ends, self.peers, self.wide)}
+        for group in own.values():
+            # The silo's own group is torch's default one, which ends last.
+            if group is not self.silo:
+                group.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
     def wait_for_all(self, meanwhile: Callable[[], object]) -> None:
         """A barrier without a time limit, for waiting while other silos work; `meanwhile` is called again and again."""
         self.leaders.wait_for_all(meanwhile)
@@ -156,7 +169,10 @@ def start_world(
         silo_rank = shape.rank(place.pipe, place.data, place.tensor)
         dist.init_process_group(inside, store=silo_store, rank=silo_rank, world_size=shape.size, timeout=timeout)
         join = _Joining(store, rank, layout.world_size, ledger, device, timeout_seconds, "gloo")
-        between = replace(join, store=store if meeting is None else meeting.store, backend=backend)
+        between = replace(join, backend=backend)
+        if meeting is not None:
+            # Between sites gloo alone, whatever the ranks compute on: NCCL waits on the GPU for a peer that is gone.
+            between = replace(between, store=meeting.store, device=torch.device("cpu"))
         groups = _silo_groups(join, layout, place) | _federation_groups(between, layout, place)
         mpu = ModelParallelUnit.create(shape) if shape.tensor > 1 and shape.pipe == 1 else None
     except (RuntimeError, dist.DistError) as error:
@@ -169,7 +185,7 @@ def start_world(
     os.environ.update(
         RANK=str(silo_rank),
         WORLD_SIZE=str(shape.size),
-        LOCAL_RANK=str(launch.local_rank),
+        LOCAL_RANK=str(launch.local_rank if device.index is None else device.index),
         MASTER_ADDR=launch.address,
         MASTER_PORT=str(launch.port),
     )
@@ -251,12 +267,15 @@ def _device(launch: Launch) -> torch.device:
     """This rank's GPU where there are GPUs and DS_ACCELERATOR does not say cpu: DeepSpeed and we must choose alike."""
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if launch.local_world_size > torch.cuda.device_count():
-        raise ConfigError(
-            f"{launch.local_world_size} ranks on this node but {torch.cuda.device_count()} GPUs; launch as many ranks "
-            "as GPUs, or set DS_ACCELERATOR=cpu to train without them"
-        )
-    device = torch.device("cuda", launch.local_rank)
+    index, seen = launch.local_rank, torch.cuda.device_count()
+    if launch.local_world_size > seen:
+        if seen != 1 or _ONE_GPU_A_TASK.isdisjoint(os.environ):
+            raise ConfigError(
+                f"{launch.local_world_size} ranks on this node but {seen} GPUs; launch as many ranks as GPUs, or set "
+                "DS_ACCELERATOR=cpu to train without them"
+            )
+        index = 0
+    device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
 

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from megatron_dept.common.segments import Segment
+from megatron_dept.common.sizes import FP32_BYTES
 from megatron_dept.dept.averaging import mean_delta
 from megatron_dept.dept.outer import OuterRule, outer_step
 from megatron_dept.federation.communicator import Communicator
 from megatron_dept.federation.exchange import Exchange as Exchange
-from megatron_dept.federation.exchange import commit_mean, new_momentum
-
-FP32_BYTES = 4
+from megatron_dept.federation.exchange import Handed, accept_state, commit_mean, new_momentum
 
 
 def share_size(partition: int, silos: int) -> int:
@@ -57,11 +56,20 @@ class BodyExchange:
         return other
 
     @torch.no_grad()
-    def hand_over(self, giver: int) -> None:
-        """Value and momentum of rank `giver` of the peers become all peers'. Collective."""
+    def hand_over(self, giver: int) -> Handed:
+        """Value and momentum of rank `giver` of the peers, told to all, for `accept`. Collective, changes nothing."""
+        told: list[Tensor | None] = []
         for tensor in (self.value, self.momentum):
-            if tensor is not None:
-                self._peers.broadcast(tensor, giver, "parameter")
+            # What comes late, when nobody waits for it any more, must not come into what is trained with.
+            told.append(None if tensor is None else tensor if self._peers.rank == giver else torch.empty_like(tensor))
+            if told[-1] is not None:
+                self._peers.broadcast(told[-1], giver, "parameter")
+        assert told[0] is not None
+        return told[0], told[1]
+
+    def accept(self, handed: Handed) -> None:
+        """Go on from what `hand_over` returned; sends nothing."""
+        accept_state((self.value, self.momentum), handed)
 
     @property
     def round_bytes(self) -> int:

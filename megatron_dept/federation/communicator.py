@@ -46,6 +46,7 @@ class Communicator(Protocol):
     def all_gather_object(self, value: Any) -> list[Any]: ...
     def barrier(self) -> None: ...
     def wait_for_all(self, meanwhile: Callable[[], object]) -> None: ...
+    def close(self) -> None: ...
 
 
 class Alone:
@@ -80,6 +81,9 @@ class Alone:
         return None
 
     def wait_for_all(self, meanwhile: Callable[[], object]) -> None:
+        return None
+
+    def close(self) -> None:
         return None
 
 
@@ -183,6 +187,10 @@ class CountedCommunicator(ABC):
             arrival.wait()
         self._charge("control", "wait_for_all", all_reduce_bytes(token.numel() * token.element_size(), self.size))
 
+    def close(self) -> None:
+        """Nothing to end, unless the transport says otherwise."""
+        return None
+
     @abstractmethod
     def _all_to_all(
         self, received: Tensor, send: Tensor, receive_counts: list[int], send_counts: list[int]
@@ -248,31 +256,63 @@ class GroupCommunicator(CountedCommunicator):
         """
         super().__init__(group.rank(), group.size(), ledger, scope, device, members, near)
         self.group = group
+        self._staged = not _reaches_gpus(group)
 
     def _all_to_all(self, received: Tensor, send: Tensor, receive_counts: list[int], send_counts: list[int]) -> None:
-        self.group.alltoall_base(received, send, receive_counts, send_counts).wait()
+        with self._within_reach(received) as target:
+            self.group.alltoall_base(target, self._reached(send), receive_counts, send_counts).wait()
 
     def _all_gather(self, whole: Tensor, mine: Tensor) -> None:
-        self.group._allgather_base(whole, mine).wait()
+        with self._within_reach(whole) as target:
+            self.group._allgather_base(target, self._reached(mine)).wait()
 
     def _all_reduce(self, value: Tensor, how: Literal["sum", "max"]) -> None:
         options = dist.AllreduceOptions()
         if how == "max":
             options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
-        self.group.allreduce([value], options).wait()
+        with self._within_reach(value) as target:
+            self.group.allreduce([target], options).wait()
 
     def _reduce_scatter(self, mine: Tensor, whole: Tensor) -> None:
-        self.group._reduce_scatter_base(mine, whole, dist.ReduceScatterOptions()).wait()
+        with self._within_reach(mine) as target:
+            self.group._reduce_scatter_base(target, self._reached(whole), dist.ReduceScatterOptions()).wait()
 
     def _broadcast(self, value: Tensor, source: int) -> None:
         options = dist.BroadcastOptions()
         options.rootRank = source
-        self.group.broadcast([value], options).wait()
+        with self._within_reach(value) as target:
+            self.group.broadcast([target], options).wait()
+
+    def close(self) -> None:
+        """End the group's GPU transport in good order, once its last collective is done everywhere."""
+        if not self._staged:
+            self.group._get_backend(torch.device("cuda")).shutdown()
+
+    def _reached(self, tensor: Tensor) -> Tensor:
+        """`tensor`, or its copy in host memory where the group cannot take it from a GPU."""
+        return tensor.cpu() if self._staged else tensor
+
+    @contextmanager
+    def _within_reach(self, tensor: Tensor) -> Iterator[Tensor]:
+        """`tensor` to be filled, or host memory in its place, copied back at the end."""
+        reached = self._reached(tensor)
+        yield reached
+        if reached is not tensor:
+            tensor.copy_(reached)
 
     def _start_barrier(self, token: Tensor) -> Any:
         options = dist.AllreduceOptions()
         options.timeout = NO_LIMIT
         return self.group.allreduce([token], options)
+
+
+def _reaches_gpus(group: dist.ProcessGroup) -> bool:
+    """Whether a group takes tensors from GPUs; one over gloo alone has them staged through host memory."""
+    try:
+        group._get_backend(torch.device("cuda"))
+    except RuntimeError:
+        return False
+    return True
 
 
 def join_peers(

@@ -13,6 +13,9 @@ from torch import Tensor
 from megatron_dept.common.segments import Segment
 from megatron_dept.dept.outer import OuterRule, needs_momentum, outer_step
 
+Handed = tuple[Tensor, Tensor | None]
+"""Another silo's state, as `hand_over` received it: values (or rows) and their momentum, fp32, shaped as one's own."""
+
 
 class Exchange(Protocol):
     """This rank's partition of the global body, the round's summed delta, and the outer optimizer's state.
@@ -73,6 +76,14 @@ def commit_mean(rule: OuterRule, value: Tensor, delta: Tensor, momentum: Tensor 
     if mean is not None:
         outer_step(rule, value, mean, momentum)
     delta.zero_()
+
+
+@torch.no_grad()
+def accept_state(own: Handed, handed: Handed) -> None:
+    """Copy what was handed over into one's own values and momentum."""
+    for tensor, given in zip(own, handed, strict=True):
+        if tensor is not None and given is not None:
+            tensor.copy_(given)
 
 
 def new_momentum(rule: OuterRule, like: Tensor, elements: int) -> Tensor | None:

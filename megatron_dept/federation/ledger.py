@@ -5,6 +5,7 @@ every other rank, an all-reduce 2 (n - 1) / n of its buffer (the ring's and the 
 (n - 1) / n.
 """
 
+import threading
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -27,11 +28,13 @@ class Traced:
 class Ledger:
     """Bytes sent by this rank, by (scope, kind), since the last `take`.
 
+    An exchange in the background (`background`) is charged to it too, on a thread of its own.
     `trace`: None, or a list to which every collective is appended, also those that made this rank send nothing.
     """
 
     def __init__(self) -> None:
         self._bytes: dict[tuple[Scope, Kind], int] = defaultdict(int)
+        self._lock = threading.Lock()
         self.trace: list[Traced] | None = None
 
     def add(
@@ -47,20 +50,23 @@ class Ledger:
 
         `sent_near`: bytes of the same collective that went to ranks of this rank's own silo.
         """
-        self._bytes[scope, kind] += sent
-        if sent_near:
-            self._bytes["silo", kind] += sent_near
+        with self._lock:
+            self._bytes[scope, kind] += sent
+            if sent_near:
+                self._bytes["silo", kind] += sent_near
         self.note(scope, kind, operation, members)
 
     def note(self, scope: Scope, kind: Kind, operation: str, members: tuple[int, ...]) -> None:
         """Trace a collective without charging it."""
-        if self.trace is not None:
-            self.trace.append(Traced(scope, kind, operation, members))
+        with self._lock:
+            if self.trace is not None:
+                self.trace.append(Traced(scope, kind, operation, members))
 
     def take(self) -> dict[str, int]:
         """The counts as {"scope/kind": bytes}, and a fresh start from zero."""
-        taken = {f"{scope}/{kind}": count for (scope, kind), count in sorted(self._bytes.items())}
-        self._bytes.clear()
+        with self._lock:
+            taken = {f"{scope}/{kind}": count for (scope, kind), count in sorted(self._bytes.items())}
+            self._bytes.clear()
         return taken
 
 

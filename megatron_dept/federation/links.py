@@ -33,7 +33,6 @@ class Linker:
     layout: Layout
     place: Coordinate
     ledger: Ledger
-    device: torch.device
 
     def connect(self, name: str, silos: Sequence[int], timeout_seconds: float) -> Link:
         """Collective over the ranks of `silos`, under a `name` never used before.
@@ -59,7 +58,9 @@ class Linker:
         rank = self.layout.rank(self.place)
         if len(members) == 1 or rank not in members:
             return Alone()
-        group = join_peers(self.store, name, members.index(rank), len(members), self.device, timeout_seconds)
+        # gloo alone, whatever the ranks compute on: a wait for NCCL ends when the work is queued, not when it is done,
+        # so a silo would vote for an exchange that a lost peer never finishes.
+        group = join_peers(self.store, name, members.index(rank), len(members), torch.device("cpu"), timeout_seconds)
         own = self.layout.members(self.place.silo)
         near = [index for index, member in enumerate(members) if member in own]
         return GroupCommunicator(group, self.ledger, "federation", torch.device("cpu"), members, near)

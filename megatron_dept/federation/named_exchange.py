@@ -21,7 +21,7 @@ from megatron_dept.common.segments import Segment
 from megatron_dept.dept.averaging import mean_delta
 from megatron_dept.dept.outer import OuterRule, outer_step
 from megatron_dept.federation.communicator import Communicator
-from megatron_dept.federation.exchange import commit_mean, new_momentum
+from megatron_dept.federation.exchange import Handed, accept_state, commit_mean, new_momentum
 from megatron_dept.federation.ledger import Kind
 from megatron_dept.federation.named_plan import COUNT, OFFSET, START, CanonicalOrder, primary, within
 from megatron_dept.federation.named_plan import named_exchange_bytes as named_exchange_bytes
@@ -74,16 +74,26 @@ class NamedBodyExchange:
         return other
 
     @torch.no_grad()
-    def hand_over(self, giver: int) -> None:
-        """Value and momentum of silo `giver` become everyone's: from its primary copies to owners, then to holders."""
+    def hand_over(self, giver: int) -> Handed:
+        """Value and momentum of silo `giver`, told to all, for `accept`. Collective, changes nothing.
+
+        They go from its primary copies to owners, then to holders; padding is each one's own.
+        """
         gives = [silo == giver for silo in self._silos]
         going = [pieces if gives[self._federation.rank] else [] for pieces in self._sent]
         coming = [pieces if given else [] for pieces, given in zip(self._summed, gives, strict=True)]
-        for tensor in (self.value, self.momentum):
-            if tensor is not None:
-                share = tensor.new_zeros(len(self._share))
-                _placed(share, coming, self._swap(tensor, going, coming, "parameter"))
-                self._answer(share, tensor, "parameter")
+
+        def told(tensor: Tensor) -> Tensor:
+            share, fresh = tensor.new_zeros(len(self._share)), tensor.clone()
+            _placed(share, coming, self._swap(tensor, going, coming, "parameter"))
+            self._answer(share, fresh, "parameter")
+            return fresh
+
+        return told(self.value), None if self.momentum is None else told(self.momentum)
+
+    def accept(self, handed: Handed) -> None:
+        """Go on from what `hand_over` returned; sends nothing."""
+        accept_state((self.value, self.momentum), handed)
 
     def _join(self, federation: Communicator) -> None:
         """Learn who holds what and who owns what among these ranks. Collective."""

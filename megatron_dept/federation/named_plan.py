@@ -12,9 +12,9 @@ import numpy as np
 
 from megatron_dept.common.errors import FederationError
 from megatron_dept.common.segments import Segment
+from megatron_dept.common.sizes import FP32_BYTES
 from megatron_dept.federation.ledger import Scope
 
-FP32_BYTES = 4
 START, COUNT, OFFSET, PRIMARY = range(4)
 
 

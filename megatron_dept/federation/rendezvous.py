@@ -3,7 +3,7 @@
 The first silo to come writes the *charter*: what all must share, the program's version and configuration, with a proof
 that it knows the secret. Every other silo compares itself with it and refuses itself where it differs, naming the
 field. Then each leaves its *card*: what the others must know of it. The secret keeps strangers' and other runs' silos
-out; it does not encrypt, so the address belongs in a private network or a tunnel.
+out; it does not encrypt, so silos belong in a private network.
 """
 
 import hashlib

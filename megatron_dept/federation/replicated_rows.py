@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from megatron_dept.common.sizes import FP32_BYTES
 from megatron_dept.dept.averaging import RowMean
 from megatron_dept.dept.outer import OuterRule, outer_step_rows
 from megatron_dept.federation.communicator import Alone, Communicator
+from megatron_dept.federation.exchange import Handed, accept_state
 from megatron_dept.federation.ledger import Kind
 from megatron_dept.federation.row_spread import RowSpread, overlap
 from megatron_dept.federation.row_table import RowTable
-
-FP32_BYTES = 4
 
 
 class ReplicatedRowTable(RowTable):
@@ -61,8 +61,8 @@ class ReplicatedRowTable(RowTable):
         self._ranges = [range(*bounds) for bounds in told]
 
     @torch.no_grad()
-    def hand_over(self, giver: int) -> None:
-        """Rows and momentum of silo `giver` become all silos'. Collective over silos."""
+    def hand_over(self, giver: int) -> Handed:
+        """Rows and momentum of silo `giver`, told to all, for `accept`. Collective over silos, changes nothing."""
         own = range(self.first, self.first + len(self.rows))
         gives = self._own_silo == giver
         common = [overlap(own, other) for other in self._ranges]
@@ -73,17 +73,23 @@ class ReplicatedRowTable(RowTable):
             part if silo == giver and not gives else range(0) for part, silo in zip(common, self._silo_of, strict=True)
         ]
         counts = [len(part) for part in going], [len(part) for part in coming]
-        for tensor in (self.rows, self.momentum):
-            if tensor is None:
-                continue
+
+        def told(tensor: Tensor) -> Tensor:
             send = [tensor[part.start - self.first : part.stop - self.first] for part in going if len(part)]
             packed = torch.cat(send) if send else tensor[:0]
             received = self._others.all_to_all(packed, *counts, self._kind)
-            at = 0
+            fresh, at = tensor.clone(), 0
             for part in coming:
                 if len(part):
-                    tensor[part.start - self.first : part.stop - self.first] = received[at : at + len(part)]
+                    fresh[part.start - self.first : part.stop - self.first] = received[at : at + len(part)]
                     at += len(part)
+            return fresh
+
+        return told(self.rows), None if self.momentum is None else told(self.momentum)
+
+    def accept(self, handed: Handed) -> None:
+        """Go on from what `hand_over` returned; sends nothing."""
+        accept_state((self.rows, self.momentum), handed)
 
     def apply(self) -> None:
         """End the round: the sums of all silos, then the outer step, the same everywhere. Collective over silos."""

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_dept.common.sizes import FP32_BYTES
 from megatron_dept.federation.ledger import Scope
-
-FP32_BYTES = 4
 
 
 def block_size(total_rows: int, owners: int) -> int:

@@ -6,6 +6,8 @@ A block is `enter_ranks`, column-parallel layers, what each rank computes on its
 sums over the ranks. Both weights are cut by rows of what is stored, so the row-parallel one is stored input-major.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,7 +37,6 @@ class ColumnParallelLinear(nn.Module):
         copies: int = 0,
     ) -> None:
         super().__init__()
-        self._tensor, self._copied = tensor, (copy, copies, copied_rows)
         rows = even_rows(outputs, tensor) if rows is None else rows
         shard = cut_by_rows((outputs, inputs), rows)
         self.weight = mark(nn.Parameter(torch.empty(shard.local_shape)), shard)
@@ -43,13 +44,15 @@ class ColumnParallelLinear(nn.Module):
         if bias:
             shard = cut_by_rows((outputs,), rows)
             self.bias = mark(nn.Parameter(torch.empty(shard.local_shape)), shard)
+        if copied_rows:
+            for parameter in self.parameters():
+                parameter.register_hook(
+                    functools.partial(sum_copied_rows, tensor=tensor, copy=copy, copies=copies, rows=copied_rows)
+                )
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[b, s, i] -> this rank's outputs [b, s, o/T]."""
-        if not self._copied[-1]:
-            return F.linear(hidden, self.weight, self.bias)
-        parameters = (self.weight,) if self.bias is None else (self.weight, self.bias)
-        return F.linear(hidden, *sum_copied_rows(self._tensor, *self._copied, *parameters))
+        return F.linear(hidden, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
@@ -71,8 +74,10 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """This rank's [b, s, i/T] -> [b, s, o] on every rank, or its [b, s/T, o] under sequence parallelism."""
-        if self._tensor.size == 1:
-            return F.linear(hidden, self.weight.t(), self.bias)
+        # The product takes the weight itself, not its transpose: of a view ZeRO 3 could not let go until the backward.
+        if self._tensor.size == 1 and self.bias is not None:
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            return torch.addmm(self.bias, flat, self.weight).view(*hidden.shape[:-1], -1)
         total = leave_ranks(hidden @ self.weight, self._tensor, self._sequence_parallel)
         if self.bias is None:
             return total

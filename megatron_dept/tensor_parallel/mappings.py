@@ -64,13 +64,20 @@ def sum_gradients(tensor: TensorGroup, *parameters: Tensor) -> tuple[Tensor, ...
     return parameters if tensor.size == 1 else _SumGradients.apply(tensor, *parameters)
 
 
-def sum_copied_rows(tensor: TensorGroup, copy: int, copies: int, rows: int, *parameters: Tensor) -> tuple[Tensor, ...]:
-    """`parameters` as they are; gradients of their last `rows` rows are summed over the ranks that hold the same ones.
+def sum_copied_rows(gradient: Tensor, tensor: TensorGroup, copy: int, copies: int, rows: int) -> Tensor:
+    """A parameter's gradient whose last `rows` rows are summed over the ranks that hold the same ones; a new tensor.
 
     The tensor ranks hold `copies` different sets of such rows, this rank the set number `copy`. One all-reduce of one
-    slot a set serves all of them, so every holder gets the same bits.
+    slot a set, so every holder gets the same bits. Meant as the parameter's own hook: the parameter is then used as it
+    is, and ZeRO 3 can let go of it between forward and backward, which it cannot of a view.
     """
-    return _SumCopiedRows.apply(tensor, copy, copies, rows, *parameters)
+    gradient = _own(gradient)
+    copied = gradient[-rows:]
+    slots = copied.new_zeros(copies, copied.numel())
+    slots[copy] = copied.reshape(-1)
+    tensor.all_reduce_sum(slots, "activation")
+    copied.copy_(slots[copy].view_as(copied))
+    return gradient
 
 
 def _own(gradient: Tensor) -> Tensor:
@@ -158,25 +165,3 @@ class _SumGradients(torch.autograd.Function):
         ctx.tensor.all_reduce_sum(flat, "activation")
         parts = flat.split([gradient.numel() for gradient in gradients])
         return None, *(part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True))
-
-
-class _SumCopiedRows(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, tensor: TensorGroup, copy: int, copies: int, rows: int, *parameters: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.tensor, ctx.copy, ctx.copies, ctx.rows = tensor, copy, copies, rows
-        return tuple(parameter.view_as(parameter) for parameter in parameters)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = tuple(_own(gradient) for gradient in gradients)
-        copied = [gradient[-ctx.rows :] for gradient in gradients]
-        mine = torch.cat([part.reshape(-1) for part in copied])
-        slots = mine.new_zeros(ctx.copies, mine.numel())
-        slots[ctx.copy] = mine
-        ctx.tensor.all_reduce_sum(slots, "activation")
-        for part, total in zip(copied, slots[ctx.copy].split([part.numel() for part in copied]), strict=True):
-            part.copy_(total.view_as(part))
-        return None, None, None, None, *gradients

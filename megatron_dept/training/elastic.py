@@ -20,6 +20,7 @@ from megatron_dept.engine.silo_engine import SiloEngine
 from megatron_dept.engine.world import World
 from megatron_dept.federation.background import Job
 from megatron_dept.federation.body_exchange import BodyExchange
+from megatron_dept.federation.exchange import Handed
 from megatron_dept.federation.links import Link, Linker
 from megatron_dept.federation.membership import POLL_SECONDS, Leaving, Members, NextRound, Standing, stage_name
 from megatron_dept.federation.named_exchange import NamedBodyExchange
@@ -75,7 +76,7 @@ class Elastic:
         self._metrics = metrics
         self._stop = stop
         place = replace(world.place, silo=joined.silo)
-        self._linker = Linker(joined.store, joined.layout, place, world.ledger, world.device)
+        self._linker = Linker(joined.store, joined.layout, place, world.ledger)
         self._link: Link | None = None
         self._given_up: list[Job] = []
         self._round_seconds: float | None = None
@@ -279,12 +280,12 @@ class Elastic:
             parties = (givers[0], *(silo for silo in coming if silo in standing.members))
             self._tell_missing(agreed.round, standing.members, standing.missing)
             work = partial(self._hand_over, stage, givers[0], parties, limit)
-            done = self._attempt(stage, standing.members, work, limit) is not None
-            attempt = self._next_attempt(attempt, expected, standing.members, done)
+            handed = self._attempt(stage, standing.members, work, limit)
+            attempt = self._next_attempt(attempt, expected, standing.members, handed is not None)
             expected = standing.members
-            if done:
+            if handed is not None:
                 if joins:
-                    self._adopt(progress, standing.reports[givers[0]])
+                    self._adopt(progress, standing.reports[givers[0]], handed)
                 break
         self.members = expected
         if agreed.joiners:
@@ -292,20 +293,22 @@ class Elastic:
         self._begin_round(progress)
         return True
 
-    def _hand_over(self, stage: str, giver: int, parties: tuple[int, ...], limit: float) -> bool:
-        """In the background: the giver's body, momentum and rows to those who join."""
+    def _hand_over(self, stage: str, giver: int, parties: tuple[int, ...], limit: float) -> dict[str, Handed]:
+        """In the background: the giver's body and rows, with momentum, for those who join; changes nothing here."""
         if self._silo not in parties or len(parties) == 1:
-            return True
+            return {}
         link = self._linker.connect(stage, parties, limit)
         body = self._exchange.among(link.body)
-        body.hand_over(link.silos.index(giver) if isinstance(body, BodyExchange) else giver)
-        for table in self._tables.values():
-            table.among(link.rows, link.row_silos, self._silo).hand_over(giver)
-        return True
+        handed = {"body": body.hand_over(link.silos.index(giver) if isinstance(body, BodyExchange) else giver)}
+        for part, table in self._tables.items():
+            handed[part] = table.among(link.rows, link.row_silos, self._silo).hand_over(giver)
+        return handed
 
-    @staticmethod
-    def _adopt(progress: RunProgress, dumped: dict[str, Any]) -> None:
-        """Take over the giver's counters; the traffic of this silo stays its own."""
+    def _adopt(self, progress: RunProgress, dumped: dict[str, Any], handed: Mapping[str, Handed]) -> None:
+        """Take over the giver's state and counters; the traffic of this silo stays its own."""
+        self._exchange.accept(handed["body"])
+        for part, table in self._tables.items():
+            table.accept(handed[part])
         traffic = progress.traffic
         vars(progress).update(vars(RunProgress.load(dumped)))
         progress.traffic = traffic

@@ -6,8 +6,9 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_dept import __version__
-from megatron_dept.checkpoint.reader import committed
+from megatron_dept.checkpoint.reader import MANIFEST, committed
 from megatron_dept.common.errors import CheckpointError, ConfigError, FederationError
+from megatron_dept.common.files import read_json
 from megatron_dept.config.schema import RunConfig
 from megatron_dept.engine.world import Meeting
 from megatron_dept.federation.membership import Membership, NextRound
@@ -28,14 +29,16 @@ SHARED_STEPS = ("on_bad_steps", "max_bad_steps")
 def join_federation(
     config: RunConfig, launch: Launch, shape: SiloShape, sources: SourceSet
 ) -> tuple[Layout, Meeting, str | None]:
-    """Meet the other launches: the federation's layout, the store for its groups, the checkpoint that all go on from.
+    """Meet the other launches: the federation's layout, the store for its groups, the checkpoint to go on from.
+
+    That is this silo's of the newest save that all have; None where nobody has any.
 
     Every rank joins by itself, and so finds by itself what must be refused. `sources` learns of the others'. Raises
     `ConfigError` naming the field in which this silo differs from the first, `FederationError` where others do not
     come.
     """
+    saved = _saves(config)
     silo, meeting = _meet(config, launch)
-    saved = [path.name for path in committed(config.run_dir / "checkpoints")]
     card = {
         "shape": asdict(shape),
         "sources": {name: asdict(card) for name, card in sources.cards.items()},
@@ -43,7 +46,7 @@ def join_federation(
     }
     cards = meeting.exchange_cards(card) if launch.rank == 0 else meeting.read_cards()
     layout = _learn(cards, sources)
-    return layout, Meeting(meeting.store, silo), _common_checkpoint([each["checkpoints"] for each in cards])
+    return layout, Meeting(meeting.store, silo), _common_checkpoint([each["checkpoints"] for each in cards], silo)
 
 
 @dataclass(frozen=True)
@@ -117,19 +120,33 @@ def _learn(cards: list[dict[str, Any]], sources: SourceSet) -> Layout:
     return Layout(tuple(SiloShape(**each["shape"]) for each in cards))
 
 
-def _common_checkpoint(saved: list[list[str]]) -> str | None:
-    """The newest checkpoint that every silo has; None where none has any.
+def _saves(config: RunConfig) -> list[tuple[str, str]]:
+    """(name, save id) of this silo's committed checkpoints, oldest first: names grow with the steps trained."""
+    return [
+        (path.name, str(read_json(path / MANIFEST).get("save_id")))
+        for path in committed(config.run_dir / "checkpoints")
+    ]
 
-    A silo may have one more than the others where the run ended between the manifests of one checkpoint.
+
+def _common_checkpoint(saved: list[list[tuple[str, str]]], silo: int) -> str | None:
+    """`silo`'s name for the newest save of which every silo has its checkpoint; None where none has any.
+
+    By the saves' ids: a silo may have one more than the others where the run ended between the manifests of one save,
+    and what was trained anew from an earlier one has the names of what was lost. "Newest" is in the first silo's order,
+    so that all come to the same; where the ids are equal, the orders of all silos are.
     """
-    common = set(saved[0]).intersection(*saved[1:])
+    # Of copies under further names, which sort anywhere, the first counts.
+    named = [{save_id: name for name, save_id in reversed(of_silo)} for of_silo in saved]
+    ids = dict.fromkeys(save_id for _, save_id in saved[0])
+    common = [save_id for save_id in ids if all(save_id in of_silo for of_silo in named)]
     if common:
-        return max(common)
-    having = [str(silo) for silo, names in enumerate(saved) if names]
+        return named[silo][common[-1]]
+    having = [str(each) for each, names in enumerate(saved) if names]
     if having:
         raise CheckpointError(
-            f"silos {', '.join(having)} have checkpoints, but none that all {len(saved)} silos have; give each its own "
-            "run_dir of the same run, or new ones to all, and keep at least two (checkpoint.keep_last)"
+            f"silos {', '.join(having)} have checkpoints, but none of a save that all {len(saved)} silos have; give "
+            "each its own run_dir of the same run, or new ones to all (under federation.on_silo_loss continue each "
+            "silo saves by itself: go on with that)"
         )
     return None
 

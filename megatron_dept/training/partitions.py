@@ -3,20 +3,22 @@
 Shapes: P stages, D data ranks, T tensor ranks of a silo.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megatron_dept.common.segments import Segment
 from megatron_dept.config.schema import RunConfig
 from megatron_dept.federation.row_spread import RowSpread
 from megatron_dept.models.build import empty_body
 from megatron_dept.models.parts import BodyPart
 from megatron_dept.models.pipeline import stage_layers
-from megatron_dept.tensor_parallel.shards import shard_of
+from megatron_dept.tensor_parallel.shards import ParameterShard, shard_of
 from megatron_dept.topology.layout import Layout, SiloShape
-from megatron_dept.training.planning.cut import ALIGNMENT
+from megatron_dept.training.planning.cut import partition, partition_ranges
 
 
 @dataclass
@@ -42,7 +44,7 @@ class RankPart:
     """One rank's part of the body in elements.
 
     `held`: its parameters; `primary`: those of them that no other tensor rank counts; `partition`: its fp32 share under
-    ZeRO, padding included.
+    ZeRO, padding included. `shards`: its parameters by name, in order.
     """
 
     pipe: int
@@ -51,6 +53,7 @@ class RankPart:
     held: int
     primary: int
     partition: int
+    shards: Mapping[str, ParameterShard]
 
 
 def row_spread(layout: Layout, rows: int) -> RowSpread:
@@ -75,26 +78,33 @@ def _part(config: RunConfig, shape: SiloShape, pipe: int, layers: range, tensor:
         final_norm=pipe == shape.pipe - 1,
     )
     with torch.device("meta"):
-        parameters = list(empty_body(config.model, part=part).parameters())
-    sizes = [parameter.numel() for parameter in parameters]
-    runs = [run for parameter in parameters for run in shard_of(parameter).runs]
+        parameters = dict(empty_body(config.model, part=part).named_parameters())
+    sizes = [parameter.numel() for parameter in parameters.values()]
+    shards = {name: shard_of(parameter) for name, parameter in parameters.items()}
     return RankPart(
         pipe,
         tensor,
         len(layers),
         sum(sizes),
-        sum(run.count for run in runs if run.primary),
-        _partition(sizes, shape),
+        sum(run.count for shard in shards.values() for run in shard.runs if run.primary),
+        partition(sizes, shape),
+        shards,
     )
-
-
-def _partition(sizes: list[int], shape: SiloShape) -> int:
-    if shape.zero_stage == 3:
-        return sum(-(-size // shape.data) for size in sizes)
-    step = shape.data * (ALIGNMENT if shape.zero_stage else 1)
-    return -(-sum(sizes) // step) * step // shape.data
 
 
 def whole_body(parts: Sequence[RankPart], data: int) -> int:
     """Elements of the whole body, from all parts of a silo of `data` data ranks."""
     return sum(part.primary for part in parts) // data
+
+
+def partition_segments(part: RankPart, shape: SiloShape, data: int) -> list[Segment]:
+    """Names for the partition of data rank `data` that has `part`, by whole parameters; where it lies is not told."""
+    sizes = [math.prod(shard.local_shape) for shard in part.shards.values()]
+    found = []
+    for (name, shard), own in zip(part.shards.items(), partition_ranges(sizes, shape, data), strict=True):
+        for run in shard.runs:
+            low, high = max(own.start, run.local), min(own.stop, run.local + run.count)
+            if low < high:
+                shift = run.start - run.local
+                found.append(Segment(name, low + shift, high + shift, low + shift, run.primary))
+    return found

@@ -16,6 +16,8 @@ from megatron_dept.common.errors import ConfigError, UserError
 from megatron_dept.config.schema import RunConfig, Variant
 from megatron_dept.dept.sampling import sample_sources
 from megatron_dept.dept.variants import VARIANTS
+from megatron_dept.federation.named_plan import CanonicalOrder
+from megatron_dept.models.build import body_shapes
 from megatron_dept.models.flops import body_parameters, head_flops_per_token, layer_flops_per_token
 from megatron_dept.models.pipeline import stage_layers
 from megatron_dept.topology.layout import Layout, SiloShape, accumulation_steps
@@ -60,6 +62,7 @@ def build_plan(config: RunConfig, ranks: int, sources: SourceSet | None = None) 
                 for shape, steps in zip(layout.shapes, accumulation, strict=True)
             ],
         },
+        "idle_silos": _idle_silos(config, layout),
         "rank_map": [asdict(layout.coordinate(rank)) for rank in range(ranks)],
         "stages": chosen["stages"],
         "body_parameters": body_parameters(config.model),
@@ -87,6 +90,8 @@ def print_plan(config: RunConfig, ranks: int) -> None:
         f"sequential steps; {config.training.global_batch_size} sequences x {config.model.seq_length} tokens a silo "
         "and step"
     )
+    if plan["idle_silos"]:
+        console.print(_idle_line(config, plan["idle_silos"], layout["silos"]), markup=False)
     ranks_table = Table("rank", "silo", "pipe", "data", "tensor", title="Rank map")
     for rank, place in enumerate(plan["rank_map"]):
         ranks_table.add_row(str(rank), *(str(place[axis]) for axis in ("silo", "pipe", "data", "tensor")))
@@ -98,6 +103,24 @@ def print_plan(config: RunConfig, ranks: int) -> None:
     console.print(_memory_table(plan))
     for variant, reason in plan["unavailable"].items():
         console.print(f"{variant} is not planned: {reason}", markup=False)
+
+
+def _idle_silos(config: RunConfig, layout: Layout) -> int:
+    """How many silos, at least, have nothing to train in each round: its sources are fewer than silos."""
+    if config.dept.synchronous:
+        return 0
+    sampled = config.dept.sources_per_round or len(config.sources)
+    trained = sampled if config.homes is None else min(sampled, len(set(config.homes.values())))
+    return max(0, layout.silos - trained)
+
+
+def _idle_line(config: RunConfig, idle: int, silos: int) -> str:
+    remedy = f"set parallel.silos: {silos - idle}"
+    if config.federation.silos is not None:
+        remedy = f"set federation.silos: {silos - idle}"
+    elif config.parallel.shapes is not None:
+        remedy = f"remove {idle} of parallel.shapes"
+    return f"{idle} of {silos} silos idle in every round; {remedy}"
 
 
 def _variant(config: RunConfig, layout: Layout, variant: Variant, sources: SourceSet | None) -> dict[str, Any]:
@@ -122,35 +145,44 @@ def _variant(config: RunConfig, layout: Layout, variant: Variant, sources: Sourc
     if not VARIANTS[variant].synchronous:
         sampled = sample_sources(config.seed, 0, sources.trained, config.dept.sources_per_round or len(sources.trained))
     parts = [part for shape in layout.shapes for part in silo_parts(same, shape, largest)]
-    itemised = itemised_body_bytes(layout, parts) if VARIANTS[variant].averages_body else {}
+    itemised: dict[str, int] = {}
+    if VARIANTS[variant].averages_body:
+        itemised = itemised_body_bytes(layout, parts, CanonicalOrder(body_shapes(config.model)))
     silo, body_bytes = config.federation.silo, sum(itemised.values())
     if silo is not None:
         body_bytes //= layout.silos
     traffic = TrafficPlan(same, layout, sources, body_bytes, silo)
-    first = parts[: layout.shapes[0].size]
     momentum = VARIANTS[variant].averages_body and config.dept.outer.momentum > 0
-    cut = _cut(same, layout)
+    cuts = {shape: _cut(same, layout, shape) for shape in layout.shapes}
     memory = max(
-        (memory_of_rank(config.model, cut, variant, largest, vocab_size, stage, momentum) for stage in range(cut.pipe)),
+        (
+            memory_of_rank(config.model, cut, variant, largest, vocab_size, stage, momentum)
+            for cut in cuts.values()
+            for stage in range(cut.pipe)
+        ),
         key=lambda each: each.device,
     )
-    step = bytes_of_step(config.model, cut, largest)
+    inside = {"gradient": 0, "parameter": 0, "activation": 0}
+    for slot in sources.slots(sampled, layout.silos):
+        for shape in itertools.compress(layout.shapes, slot):
+            for kind, sent in bytes_of_step(config.model, cuts[shape], largest).items():
+                inside[kind] += sent * config.dept.n_local
     return {
         "vocabulary_sizes": sizes,
         "embedding_parameters_largest_source": largest * config.model.hidden_size,
         "first_round_sources": list(sampled),
         "bytes_first_round": traffic.round_bytes(sampled),
-        "silo_bytes_first_round": {kind: sent * config.dept.n_local * len(sampled) for kind, sent in step.items()},
+        "silo_bytes_first_round": inside,
         "body_bytes_itemised": itemised,
-        "body_partition": {"elements": max(part.partition for part in first)},
+        "body_partition": {"elements": max(part.partition for part in parts)},
         "stages": [_stages(same, shape, largest) for shape in layout.shapes],
         "memory": {**asdict(memory), "device": memory.device},
     }
 
 
-def _cut(config: RunConfig, layout: Layout) -> Cut:
-    """The first silo's, as the planning formulas want it."""
-    shape, training = layout.shapes[0], config.training
+def _cut(config: RunConfig, layout: Layout, shape: SiloShape) -> Cut:
+    """A silo of `shape`, as the planning formulas want it."""
+    training = config.training
     return Cut(
         silos=layout.silos,
         pipe=shape.pipe,
@@ -164,6 +196,10 @@ def _cut(config: RunConfig, layout: Layout) -> Cut:
         global_batch=training.global_batch_size,
         loss_chunk_tokens=training.loss_chunk_tokens,
         optimizer_moments=2 if config.optimizer.optimizer == "adamw" else 0,
+        offload_optimizer=config.parallel.offload_optimizer,
+        separate=config.federation.separate,
+        all_ranks=None if layout.equal else layout.world_size,
+        all_embedding_ranks=None if layout.equal else len(layout.embedding_ranks()),
     )
 
 
@@ -184,7 +220,7 @@ def _variants_table(plan: dict[str, Any]) -> Table:
         "rows, largest source",
         "model",
         "body",
-        "formula + copies + padding of partitions + of shares",
+        "between silos + inside silos" if _is_named(plan) else "formula + copies + padding of partitions + of shares",
         "embedding",
         "position",
         "gradients",
@@ -222,14 +258,21 @@ def _stages_table(plan: dict[str, Any]) -> Table:
     return table
 
 
+def _is_named(plan: dict[str, Any]) -> bool:
+    """Whether the body is exchanged by names: between silos that are cut differently."""
+    return len(_grouped(plan["layout"]["shapes"])) > 1
+
+
 def _grouped(shapes: list[dict[str, int]]) -> list[tuple[dict[str, int], int]]:
     """Shapes in order, each with how many silos in a row have it."""
     return [(shape, len(list(same))) for shape, same in itertools.groupby(shapes)]
 
 
 def _memory_table(plan: dict[str, Any]) -> Table:
-    parts = list(next(iter(plan["variants"].values()))["memory"])
-    table = Table("MB a rank", *(part.replace("_", " ") for part in parts), title="Memory of the fullest rank")
-    for variant, entry in plan["variants"].items():
-        table.add_row(variant, *(f"{entry['memory'][part] / 1e6:,.1f}" for part in parts))
+    entries = plan["variants"]
+    table = Table("MB a rank", *entries, title="Memory of the fullest rank")
+    for part in next(iter(entries.values()))["memory"]:
+        names = {"device": "device in all", "host": "optimizer (host)", "row_table": "row table (host)"}
+        figures = (f"{entry['memory'][part] / 1e6:,.1f}" for entry in entries.values())
+        table.add_row(names.get(part, part), *figures)
     return table

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_dept.checkpoint.reader import Checkpoint
 from megatron_dept.checkpoint.store import SourceStore
+from megatron_dept.checkpoint.writer import remove_newer
 from megatron_dept.common.cli import explain_refusal
 from megatron_dept.common.errors import (
     CheckpointError,
@@ -82,9 +83,7 @@ def run(config: RunConfig, launch: Launch) -> bool:
         world.barrier()
         trainer.leave(finished)
     watch.close()
-    # Only after success: to leave a group whose peers have failed can take as long as they.
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    world.close()
     return finished
 
 
@@ -175,6 +174,10 @@ def build_trainer(
             state.resume_flight(sources.trained[0], broker.resident)
         if world.is_writer:
             metrics.say(f"resuming from {resume_from.directory} at round {progress.round + 1}/{config.dept.rounds}")
+            # Every silo has loaded its own by now: `restore` ends with all.
+            if orphans := remove_newer(resume_from.directory):
+                names = ", ".join(path.name for path in orphans)
+                metrics.warn(f"removed {names} in {resume_from.directory.parent}: other silos do not have that save")
     else:
         if world.is_writer:
             store.clear()

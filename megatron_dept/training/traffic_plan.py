@@ -5,20 +5,21 @@ of partitions and shares, comes on top.
 Shapes: `S` silos, `P`, `D`, `T` stages, data and tensor ranks of each, `h` hidden.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from megatron_dept.common.sizes import FP32_BYTES
 from megatron_dept.config.schema import RunConfig
 from megatron_dept.dept.variants import VARIANTS
 from megatron_dept.federation.body_exchange import share_size
+from megatron_dept.federation.named_plan import CanonicalOrder, named_exchange_bytes
 from megatron_dept.federation.row_spread import RowSpread, fetch_bytes, return_bytes
 from megatron_dept.models.vocabulary_shard import VocabularyShard
 from megatron_dept.topology.layout import Layout
-from megatron_dept.training.partitions import RankPart, row_spread, whole_body
+from megatron_dept.training.partitions import RankPart, partition_segments, row_spread, whole_body
 from megatron_dept.training.sources import SourceSet
 
-FP32_BYTES = 4
 Slots = Sequence[Sequence[str | None]]
 """Slots x silos of source names, as `assign_slots` lays them out."""
 
@@ -133,20 +134,18 @@ class TrafficPlan:
         return [range(0 if rank % shape.tensor else rows) for rank in range(shape.embedding_ranks)]
 
 
-def itemised_body_bytes(layout: Layout, parts: Sequence[RankPart]) -> dict[str, int]:
+def itemised_body_bytes(layout: Layout, parts: Sequence[RankPart], order: CanonicalOrder) -> dict[str, int]:
     """Bytes that all ranks send in an outer exchange of the body, by what they are: the formula's, and what is on top.
 
     Tensor ranks hold copies of norms and some biases, data ranks pad the body to equal partitions, silos pad each
     partition to equal shares. Under ZeRO 0 the replicated body is cut over the data ranks, so nothing is sent twice.
-    `parts`: what every rank holds, silo by silo. Between unequal silos elements go to owners that the names decide;
-    what a rank owns itself, the W-th part of its own on average, is not sent.
+    `parts`: what every rank holds, silo by silo; `order`: the body's. Between unequal silos elements go to owners that
+    the names decide, and come back to all who hold them: nothing is padded, and little of it stays inside a silo.
     """
-    shape, ranks = layout.shapes[0], layout.world_size
-    body = whole_body(parts[: shape.size], shape.data)
     if not layout.equal:
-        held = sum(part.held // layout.shapes[silo].data for silo, part in _with_silos(layout, parts))
-        formula = layout.silos * body * FP32_BYTES * (ranks - 1) // ranks
-        return {"to_owners": formula, "to_holders": held * FP32_BYTES * (ranks - 1) // ranks}
+        return _named_bytes(layout, parts, order)
+    shape = layout.shapes[0]
+    body = whole_body(parts[: shape.size], shape.data)
     moved = 2 * (layout.silos - 1) * FP32_BYTES
     of_silo = parts[: shape.size]
     held, partitions = sum(part.held for part in of_silo) // shape.data, sum(part.partition for part in of_silo)
@@ -159,6 +158,15 @@ def itemised_body_bytes(layout: Layout, parts: Sequence[RankPart]) -> dict[str, 
     }
 
 
-def _with_silos(layout: Layout, parts: Sequence[RankPart]) -> Iterator[tuple[int, RankPart]]:
-    silos = (silo for silo in range(layout.silos) for _ in layout.members(silo))
-    return zip(silos, parts, strict=True)
+def _named_bytes(layout: Layout, parts: Sequence[RankPart], order: CanonicalOrder) -> dict[str, int]:
+    """Bytes that all ranks of unequal silos send, by link."""
+    places = [layout.coordinate(rank) for rank in range(layout.world_size)]
+    holdings = [
+        order.intervals(partition_segments(part, layout.shapes[place.silo], place.data))
+        for part, place in zip(parts, places, strict=True)
+    ]
+    sent = named_exchange_bytes(order, holdings, [place.silo for place in places])
+    return {
+        "between_silos": sum(rank["federation"] for rank in sent),
+        "inside_silos": sum(rank["silo"] for rank in sent),
+    }

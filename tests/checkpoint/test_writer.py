@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from megatron_dept.checkpoint import writer
 from megatron_dept.checkpoint.reader import MANIFEST, Checkpoint, committed
 from megatron_dept.checkpoint.slices import save_slices, whole
-from megatron_dept.checkpoint.writer import save_checkpoint
+from megatron_dept.checkpoint.writer import remove_newer, save_checkpoint
 from megatron_dept.common.errors import CheckpointError
 from megatron_dept.topology.launch import Launch
 from tests.federation.groups import join_groups
@@ -61,6 +62,46 @@ def test_a_step_saved_twice_is_a_neighbour_and_the_newer_one(tmp_path: Path) -> 
     assert (Checkpoint.open(first).index.read("token") == 1).all()
     save(tmp_path, 4)
     assert committed(tmp_path)[-1].name == "step-00000004"
+
+
+def test_what_an_attempt_given_up_has_left_does_not_outrank_newer_work(tmp_path: Path) -> None:
+    """A run that goes on from step 1 while steps 3 and 4 are there: 2 is what it has, even with keep_last 1."""
+    for step in (1, 3, 4):
+        save(tmp_path, step)
+    theirs = tmp_path / "zz-a-copy"
+    shutil.copytree(tmp_path / "step-00000004", theirs)
+    assert save(tmp_path, 2, keep_last=1).name == "step-00000002"
+    assert names(tmp_path) == ["step-00000002", "zz-a-copy"], "what a user has put there stays"
+
+
+def test_a_neighbour_sorts_last_where_the_first_of_them_is_gone(tmp_path: Path) -> None:
+    for value in (1, 2, 3, 4):
+        written = save(tmp_path, 3, value=value, keep_last=2)
+        assert committed(tmp_path)[-1] == written
+    assert names(tmp_path) == ["step-00000003-02", "step-00000003-03"]
+    assert (Checkpoint.open(tmp_path).index.read("token") == 4).all()
+
+
+def test_newer_ones_are_removed_on_request_and_told(tmp_path: Path) -> None:
+    first, *newer = [save(tmp_path, step) for step in (1, 2, 2, 3)]
+    assert remove_newer(first) == newer and names(tmp_path) == [first.name]
+    assert remove_newer(first) == []
+
+
+def _save_apart(launch: Launch, root: Path) -> list[str]:
+    """Two launches, each into a directory of its own."""
+    groups = join_groups(launch, silos=2)
+    for value in (1.0, 2.0):
+        target = root / f"site{launch.rank}" / "step-00000003"
+        mine = range(launch.rank, launch.rank + 1)
+        tensors = whole("token", torch.full((2, 2), value))
+        save_checkpoint(target, launch.rank, mine, groups.peers.all_gather_object, tensors, [], {}, keep_last=2)
+    return [Checkpoint.open(path).manifest["save_id"] for path in committed(root / f"site{launch.rank}")]
+
+
+def test_all_manifests_of_a_save_have_its_id_and_no_other_has(tmp_path: Path) -> None:
+    first, second = run_ranks(2, _save_apart, tmp_path)
+    assert first == second and len(set(first)) == 2 and all(len(each) == 32 for each in first)
 
 
 def test_what_was_never_committed_is_no_checkpoint_and_is_swept(tmp_path: Path) -> None:

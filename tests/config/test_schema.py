@@ -127,6 +127,14 @@ REFUSED = {
         {"federation": {"address": "here:29400", "silo": 0, "silos": 2}},
         "federation: address is set, so token_file must be too",
     ),
+    "one checkpoint in separate launches": (
+        {
+            "federation": {"address": "here:29400", "silo": 0, "silos": 2, "token_file": "t"},
+            "checkpoint": {"keep_last": 1},
+        },
+        "checkpoint.keep_last 1 with federation.address: silos that end within a save have only the one before in "
+        "common; set checkpoint.keep_last: 2, or more",
+    ),
     "a silo out of range": (
         {"federation": {"address": "here:29400", "silo": 2, "silos": 2, "token_file": "t"}},
         "federation: silo 2 is not below silos 2; count from 0",

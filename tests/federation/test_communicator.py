@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_dept.common.errors import FederationError
-from megatron_dept.federation.communicator import Alone, Communicator
+from megatron_dept.federation.communicator import Alone, Communicator, GroupCommunicator
 from megatron_dept.federation.ledger import all_gather_bytes, all_reduce_bytes, reduce_scatter_bytes
 from megatron_dept.topology.launch import Launch
 from tests.federation.groups import Groups, join_groups, join_silos, meet, over_gloo
@@ -18,11 +18,17 @@ SECONDS_TO_NOTICE = 20.0
 """Far below the groups' timeout of 60 s: a closed connection is noticed at once, a hang is not."""
 
 
-def _collectives(launch: Launch) -> dict[str, Any]:
-    """Each collective once on 3 ranks: (result, bytes that the ledger charged this rank for it)."""
+def _collectives(launch: Launch, staged: bool) -> dict[str, Any]:
+    """Each collective once on 3 ranks: (result, bytes that the ledger charged this rank for it).
+
+    `staged`: tensors take the way of a GPU's over gloo, through other memory and back; here it is host memory too.
+    """
     connect = over_gloo(meet(launch), launch.rank)
     groups = join_silos(connect, "equal", launch.rank, (1, 1, 1), among_peers=True)
     peers, rank = groups.peers, launch.rank
+    if staged:
+        assert isinstance(peers, GroupCommunicator)
+        peers._reached = torch.clone  # type: ignore[method-assign]
     groups.ledger.trace = []
     seen: dict[str, Any] = {}
 
@@ -68,9 +74,9 @@ def _with_a_silo_of_two(groups: Groups) -> dict[str, Any]:
     return {"silo of two": charged}
 
 
-@pytest.fixture(scope="module")
-def collectives() -> list[dict[str, Any]]:
-    return run_ranks(3, _collectives)
+@pytest.fixture(scope="module", params=[False, True], ids=["direct", "staged"])
+def collectives(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return run_ranks(3, _collectives, request.param)
 
 
 def test_collectives_return_what_ranks_sent_in_rank_order(collectives: list[dict[str, Any]]) -> None:

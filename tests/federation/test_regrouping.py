@@ -1,5 +1,9 @@
-"""Exchanges of the body built by a silo alone, then used among others: as if they had been built there."""
+"""Exchanges of the body built by a silo alone, then used among others: as if they had been built there.
 
+What a silo is handed over changes nothing before it accepts it: a transfer that was given up may end at any time.
+"""
+
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -37,9 +41,18 @@ def _bodies(launch: Launch) -> dict[str, Any]:
                 alone.value.fill_(7)
                 if alone.momentum is not None:
                     alone.momentum.fill_(7)
-            alone.among(together.peers).hand_over(2)
+            kept = _copy(alone)
+            handed = alone.among(together.peers).hand_over(2)
+            same = same and _same(alone, kept)
+            alone.accept(handed)
             seen[f"{number}-{elements}"] = (same, _same(alone, built), bool((alone.delta == 0).all()))
     return seen
+
+
+def _copy(exchange: Any) -> SimpleNamespace:
+    """Its state as it is now."""
+    momentum = None if exchange.momentum is None else exchange.momentum.clone()
+    return SimpleNamespace(value=exchange.value.clone(), momentum=momentum)
 
 
 def _same(left: Any, right: Any) -> bool:
@@ -78,7 +91,10 @@ def _named(launch: Launch) -> dict[str, bool]:
                     alone.value[segment.place] = 7
                     if alone.momentum is not None:
                         alone.momentum[segment.place] = 7
-            alone.among(groups.wide).hand_over(len(ranks) - 1)
+            kept = _copy(alone)
+            handed = alone.among(groups.wide).hand_over(len(ranks) - 1)
+            same = same and _same(alone, kept)
+            alone.accept(handed)
             seen[f"{name}-{number}"] = same and _same(alone, built)
     return seen
 

@@ -54,7 +54,10 @@ def _rows(launch: Launch, silos: tuple[int, ...], among_peers: bool) -> dict[str
     if silo == 0:
         table.rows.fill_(9)
         table.momentum.fill_(9)
-    joined.hand_over(1)
+    kept = table.rows.clone(), table.momentum.clone()
+    handed = joined.hand_over(1)
+    unchanged = unchanged and torch.equal(table.rows, kept[0]) and torch.equal(table.momentum, kept[1])
+    table.accept(handed)
     given = torch.equal(table.rows, rows) and torch.equal(table.momentum, momentum)
     return {"first": table.first, "rows": rows.numpy(), "bytes": (sent, predicted), "fine": (unchanged, given)}
 

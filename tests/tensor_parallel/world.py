@@ -101,8 +101,8 @@ def mappings(tensor: TensorGroup) -> dict[str, Tensor]:
     seen["sum"] = torch.cat([first.grad, second.grad.view(-1)])
     copied = torch.zeros(5, 2, requires_grad=True)
     copies = tensor.size // 2
-    (out,) = sum_copied_rows(tensor, tensor.rank // 2, copies, 3, copied)
-    out.backward(torch.full((5, 2), mine))
+    copied.register_hook(lambda gradient: sum_copied_rows(gradient, tensor, tensor.rank // 2, copies, 3))
+    (copied * 1.0).backward(torch.full((5, 2), mine))
     assert copied.grad is not None
     seen["copied rows"] = copied.grad
     return seen

@@ -1,5 +1,6 @@
 """The arithmetic of tools/plan_run.py: figures by hand, sums that come out whole, the paper, the bytes of real runs."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -15,7 +16,14 @@ from megatron_dept.common.errors import ConfigError
 from megatron_dept.config.schema import ModelConfig
 from megatron_dept.models.build import body_shapes
 from megatron_dept.models.flops import body_parameters, flops_per_token
-from megatron_dept.training.planning.cut import Cut, check_cut, layers_of_stages, parameters_of_rank, partition
+from megatron_dept.training.planning.cut import (
+    Cut,
+    check_cut,
+    layers_of_stages,
+    parameters_of_rank,
+    partition,
+    partition_ranges,
+)
 from megatron_dept.training.planning.memory import activation_bytes, memory_of_rank
 from megatron_dept.training.planning.steps import stage_traffic
 from tests.support.corpus import Corpus
@@ -98,6 +106,56 @@ def test_memory_by_hand():
     )
 
 
+def test_memory_of_separate_launches():
+    """Each silo has all rows, on its own two ranks, and the whole outer momentum."""
+    cut = Cut(3, data=2, zero_stage=1, micro_batch=1, global_batch=4, separate=True)
+    found = memory_of_rank(SMALL, cut, "trim", 97, 100, 0, momentum=True)
+    assert found.row_table == 3 * 4 * 8 * (50 + 8)
+    assert found.outer == 4 * (880 + 3 * 294 + 880)
+
+
+def test_memory_of_unequal_silos():
+    """Of five ranks, four on first stages: start and delta are the partition's; each owns 352 of 1,760 elements."""
+    cut = Cut(2, data=2, zero_stage=1, micro_batch=1, global_batch=4, all_ranks=5, all_embedding_ranks=4)
+    found = memory_of_rank(SMALL, cut, "trim", 97, 100, 0, momentum=True)
+    assert found.outer == 4 * (880 + 880 + 352 + 352)
+    assert found.row_table == 3 * 4 * 8 * (25 + 4)
+    assert memory_of_rank(SMALL, cut, "trim", 97, 100, 0).outer == 4 * (880 + 880 + 352)
+
+
+@pytest.mark.parametrize(
+    "stage, data, precision, global_batch, gradients, buckets, host",
+    [
+        # The largest parameter has 256 elements. On the host: masters, two moments, gradient, new weights.
+        (1, 2, "fp32", 2, 4 * 1760, 4 * 256, 4 * 5 * 880 + 4 * 256),
+        (1, 2, "bf16", 2, 4 * 880, 2 * 256 + 4 * 1760, 4 * 4 * 880 + 2 * 880 + 2 * 256),
+        (2, 2, "bf16", 4, 4 * 880, 2 * 256, 4 * 4 * 880 + 2 * 880 + 2 * 256),
+        (2, 2, "fp32", 2, 0, 4 * 256, 4 * 5 * 880 + 4 * 256),
+        # Of two micro-batches, the gradients too: layer 0 alone, 872 elements, and the first norm of layer 1.
+        (2, 2, "fp32", 4, 0, 4 * 256, 4 * 5 * 880 + 4 * 256 + 4 * (872 + 8)),
+        (3, 2, "bf16", 4, 0, 4 * 1760, 4 * 5 * 880),
+    ],
+)
+def test_an_offloaded_optimizer_is_the_hosts(stage, data, precision, global_batch, gradients, buckets, host):
+    cut = Cut(1, data=data, zero_stage=stage, precision=precision, global_batch=global_batch, offload_optimizer=True)
+    found = memory_of_rank(SMALL, cut, "spec", 10, 10, 0)
+    assert (found.masters, found.moments) == (0, 0)
+    assert (found.gradients, found.buckets, found.host) == (gradients, buckets, host)
+    kept = memory_of_rank(SMALL, replace(cut, offload_optimizer=False), "spec", 10, 10, 0)
+    assert kept.host == 0 and kept.device > found.device
+
+
+def test_partitions_cover_every_parameter_once():
+    """Every ZeRO stage: the ranges of all data ranks end to end are each parameter, none longer than the partition."""
+    sizes = parameters_of_rank(SMALL, 1, 2, True)
+    for stage, data in itertools.product(range(4), (1, 2, 3, 7)):
+        cut = Cut(1, data=data, zero_stage=stage)
+        ranks = [partition_ranges(sizes, cut, rank) for rank in range(data)]
+        for size, of_ranks in zip(sizes, zip(*ranks, strict=True), strict=True):
+            assert [element for part in of_ranks for element in part] == list(range(size))
+        assert all(sum(map(len, ranges)) <= partition(sizes, cut) for ranges in ranks)
+
+
 @pytest.mark.parametrize(
     "stage, precision, weights, gradients, masters, moments",
     [
@@ -128,6 +186,8 @@ def test_zero_3_over_all_ranks_is_the_whole_once():
         assert found.weights * 8 * tensor == 2 * (whole + 8 * tensor * small)
         assert found.buckets == 4 * whole // tensor
         assert found.masters * 8 * tensor == 4 * whole
+        # Two of four layers, a quarter of the final norm with each, and the largest matrix beside.
+        assert found.gathered == 2 * (whole // tensor // 2 + 512 * 2048 // tensor)
         assert found.moments * 8 * tensor == 8 * whole
 
 

@@ -73,6 +73,7 @@ SCHEMA = {
 }  # fmt: skip
 MEMORY = {
     "weights",
+    "gathered",
     "gradients",
     "buckets",
     "masters",
@@ -81,12 +82,14 @@ MEMORY = {
     "embedding",
     "activations",
     "logits",
+    "host",
     "row_table",
     "device",
 }
 CUT = {
     "silos", "pipe", "data", "tensor", "zero_stage", "precision", "sequence_parallel", "activation_checkpointing",
     "micro_batch", "global_batch", "loss_chunk_tokens", "micro_batches", "optimizer_moments", "ranks",
+    "offload_optimizer", "separate", "all_ranks", "all_embedding_ranks",
 }  # fmt: skip
 
 
@@ -96,7 +99,7 @@ def test_the_json_keeps_its_shape(tmp_path):
     flags = ["--tensor", "8", "--pipe", "2", "--sequence-parallel", "--activation-checkpointing", "--outer-momentum"]
     plan_run.main(["--cluster", str(CLUSTERS[1]), "--model", "llama-7b", *flags, "--json", str(output)])
     found = json.loads(output.read_text())
-    assert found["format_version"] == 1 and found["cluster"] == load_cluster(CLUSTERS[1]).model_dump(mode="json")
+    assert found["format_version"] == 2 and found["cluster"] == load_cluster(CLUSTERS[1]).model_dump(mode="json")
     for plan in found["plans"]:
         assert {name: type(value) for name, value in plan.items()} == SCHEMA
         assert set(plan["memory"]) == MEMORY | {"stage"} and set(plan["cut"]) == CUT

@@ -1,19 +1,29 @@
 """`federation.on_silo_loss: continue`: silos are killed, stopped and late; the others finish with the right mean."""
 
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import pretrain_dept
 from megatron_dept.checkpoint.reader import Checkpoint
 from megatron_dept.common.errors import ConfigError
 from megatron_dept.common.files import read_json
-from megatron_dept.config.load import validate_config
+from megatron_dept.config.load import dump_config, validate_config
 from megatron_dept.config.schema import RunConfig
+from megatron_dept.dept.outer import OuterRule
+from megatron_dept.federation.background import Job
+from megatron_dept.federation.body_exchange import BodyExchange
+from megatron_dept.federation.communicator import Alone
+from megatron_dept.topology.launch import Launch
+from megatron_dept.training.elastic import Elastic
 from tests.support.corpus import Corpus
 from tests.support.runs import losses, metrics
 from tests.training import silo_faults as fault
@@ -219,6 +229,60 @@ def test_silos_that_stand_at_different_rounds_begin_with_the_furthest(corpus: Co
     assert_same_state(configs)
 
 
+@pytest.mark.parametrize(
+    ("on_silo_loss", "told"),
+    [
+        ("continue", "left the federation as asked; the round in progress is not saved: the same command joins again"),
+        ("stop", "stopped as asked; the same command goes on from"),
+    ],
+)
+def test_a_silo_that_was_asked_to_stop_says_what_is_saved(
+    corpus: Corpus,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    on_silo_loss: str,
+    told: str,
+) -> None:
+    config, _ = elastic_configs(corpus, tmp_path, [{}, {}], rounds=2, on_silo_loss=on_silo_loss)
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_config(config))
+    monkeypatch.setattr("megatron_dept.training.setup.run", lambda config, launch: False)
+    assert pretrain_dept.main([str(file)], Launch(0, 1, 0, 1, "127.0.0.1", 0)) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(told) and str(config.run_dir / "checkpoints") in line
+
+
+class Stalled:
+    """A giver's silo of one, that sends only when it is woken: `Link.body` and the like of a joiner."""
+
+    rank, size, members = 1, 2, (0, 1)
+
+    def __init__(self) -> None:
+        self.woken = threading.Event()
+
+    def broadcast(self, value: torch.Tensor, source: int, kind: str) -> None:
+        assert self.woken.wait(20)
+        value.fill_(7)
+
+
+def test_a_transfer_given_up_changes_nothing_when_it_ends_after_all() -> None:
+    """The joiner has gone on with another giver's state by then."""
+    exchange = BodyExchange(Alone(), torch.zeros(4), OuterRule("nesterov", RATE, MOMENTUM), True)
+    assert exchange.momentum is not None
+    link = SimpleNamespace(body=Stalled(), silos=(0, 1))
+    joiner = SimpleNamespace(_silo=1, _linker=SimpleNamespace(connect=lambda *_: link), _exchange=exchange, _tables={})
+    job = Job(lambda: Elastic._hand_over(joiner, "transfer:1:0", 0, (0, 1), 1.0), torch.device("cpu"))  # type: ignore[arg-type]
+    job.start()
+    exchange.value.fill_(1)
+    link.body.woken.set()
+    job.join(20)
+    assert (exchange.value == 1).all() and not exchange.momentum.any()
+    assert job.fault is None and (job.result["body"][0] == 7).all() and (job.result["body"][1] == 7).all()
+    exchange.accept(job.result["body"])
+    assert (exchange.value == 7).all() and (exchange.momentum == 7).all()
+
+
 def test_nobody_goes_on_without_the_store(corpus: Corpus, tmp_path: Path) -> None:
     """Silo 0, which serves it, is killed: the other says so and ends."""
     configs = elastic_configs(corpus, tmp_path, [{}, {}], rounds=3)
@@ -245,7 +309,8 @@ def test_any_silo_may_be_lost_where_none_serves_the_store(corpus: Corpus, tmp_pa
     configs = elastic_configs(corpus, tmp_path, [{}, {}], rounds=3, serve=False)
     address = configs[0].federation.address
     assert address is not None
-    tool = subprocess.Popen([sys.executable, str(TOOL), address], stdout=subprocess.DEVNULL)
+    environment = {**os.environ, "PYTHONPATH": str(TOOL.parents[1])}
+    tool = subprocess.Popen([sys.executable, str(TOOL), address], stdout=subprocess.DEVNULL, env=environment)
     try:
         assert run_silos(configs, [1, 1], {0: fault.dies_in_step(4)}, dying=(0,)) == [None, True]
     finally:

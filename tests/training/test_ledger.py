@@ -131,6 +131,22 @@ def test_an_interrupted_round_keeps_what_it_has_sent(corpus: Corpus, tmp_path: P
     assert {kind: entry["kinds"][kind] - entry["predicted"][kind] for kind in again} == again
 
 
+@pytest.mark.parametrize(
+    ("variant", "silos", "sampled", "idle"),
+    [("glob", 2, None, 0), ("glob", 3, None, 0), ("spec", 4, None, 1), ("glob", 4, 1, 3), ("std", 1, None, 0)],
+)
+def test_the_plan_counts_idle_silos(
+    corpus: Corpus, tmp_path: Path, variant: str, silos: int, sampled: int | None, idle: int
+) -> None:
+    """Three sources."""
+    dept = {**DEPT, "variant": variant, "sources_per_round": sampled}
+    config = small_config(corpus, tmp_path, dept=dept, parallel={"silos": silos})
+    plan = build_plan(config, silos)
+    assert plan["idle_silos"] == idle
+    slots = plan["variants"][variant]["first_round_sources"]
+    assert variant == "std" or max(0, silos - len(slots)) == idle
+
+
 def test_the_plan_itemises_the_bodys_padding(corpus: Corpus, tmp_path: Path) -> None:
     """25,472 elements over 3 data ranks and 2 silos under ZeRO 0: the body is padded to a multiple of 3, each rank's
     part then to a multiple of 2; whatever is not the formula's is padding, and the sum is what is sent."""

@@ -1,8 +1,9 @@
 """Silos that are launches of their own, joined at host:port: the same results as silos of one launch."""
 
 import contextlib
+import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from megatron_dept.checkpoint.reader import committed
-from megatron_dept.common.errors import FederationError, UserError
+from megatron_dept.common.errors import CheckpointError, FederationError, UserError
 from megatron_dept.config.load import validate_config
 from megatron_dept.config.schema import RunConfig
 from megatron_dept.federation.rendezvous import open_store
@@ -122,14 +123,21 @@ def on_another_port(configs: list[RunConfig]) -> list[RunConfig]:
 
 
 def test_launches_go_on_from_the_checkpoint_they_all_have(finished: Finished, corpus: Corpus, tmp_path: Path) -> None:
-    """Silo 1 is killed between writing its part of the second checkpoint and its manifest: silo 0 has one more."""
+    """Silo 1 is killed between writing its part of the second checkpoint and its manifest: silo 0 has one more.
+
+    It is no save that they could go on from, and none is paired with what is trained anew under its name.
+    """
     same = {"dept": {"variant": "spec_opt", "rounds": 3}, "optimizer": SMOOTH}
     configs = site_configs(corpus, tmp_path, [{}, {}], **same)
     ended, killed = run_silos(configs, [1, 1], {1: dies_committing(1)}, dying=(1,))
     assert killed is None and ended.startswith(("FederationError", "CheckpointError")), ended
     saved = [[path.name for path in committed(config.run_dir / "checkpoints")] for config in configs]
     assert [len(names) for names in saved] == [2, 1] and saved[0][0] == saved[1][0]
+    orphan = saves(configs[0])[-1]
     assert train_sites(on_another_port(configs), [1, 1]) == [True, True]
+    kept = saves(configs[0])
+    assert kept == saves(configs[1]) and [name for name, _ in kept] == ["step-00000018", "step-00000027"]
+    assert orphan[0] == kept[0][0] and orphan not in kept
     one = finished(2, **same, sources=sources(corpus), parallel={"silos": 2})
     both = losses(configs[0].run_dir) | losses(configs[1].run_dir)
     assert both == pytest.approx(losses(one), rel=TOLERANCE)
@@ -137,6 +145,28 @@ def test_launches_go_on_from_the_checkpoint_they_all_have(finished: Finished, co
     assert largest_difference(first, second) == 0
     expected = final_state(one)
     assert largest_difference(first, {name: expected[name] for name in first}) < TOLERANCE
+
+
+def saves(config: RunConfig) -> list[tuple[str, str]]:
+    """Names and save ids of a site's checkpoints."""
+    return joining._saves(config)
+
+
+def test_what_is_gone_on_from_is_a_save_not_a_name() -> None:
+    """Of [(name, save id)] a silo, oldest first; each is told its own name of the newest save that all have."""
+    common = joining._common_checkpoint
+    # The same name of an attempt given up and of what was trained anew: not the same save.
+    lists = [[("step-06", "a"), ("step-12", "b")], [("step-06", "a"), ("step-12", "c")]]
+    assert [common(lists, silo) for silo in (0, 1)] == ["step-06", "step-06"]
+    # One save under two names.
+    lists = [[("step-06", "a"), ("step-12", "b"), ("step-12-01", "c")], [("step-06", "a"), ("step-12", "c")]]
+    assert [common(lists, silo) for silo in (0, 1)] == ["step-12-01", "step-12"]
+    # A user's copy is no newer save.
+    lists = [[("step-06", "a"), ("step-12", "b"), ("the-first", "a")], [("step-06", "a"), ("step-12", "b")]]
+    assert [common(lists, silo) for silo in (0, 1)] == ["step-12", "step-12"]
+    assert common([[], []], 1) is None
+    with pytest.raises(CheckpointError, match="silos 0, 1 have checkpoints, but none of a save that all 2 silos have"):
+        common([[("step-06", "a")], [("step-06", "b")]], 0)
 
 
 def join(config: RunConfig) -> Any:
@@ -166,55 +196,69 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def joins_meanwhile(config: RunConfig, until: str) -> None:
-    """Join in a thread, which waits for the others in vain; returns once the store has what it comes to leave there."""
+@contextlib.contextmanager
+def waiting(*configs: RunConfig) -> Iterator[None]:
+    """Threads in which `configs` (the first serves the store) have joined, and wait for the others.
 
-    def wait_in_vain() -> None:
+    At the end the missing cards are laid, so that no thread is left to fail during a later test.
+    """
+    joined: list[Any] = []
+
+    def wait(config: RunConfig) -> None:
+        # A silo that is refused may have laid the card with which the first finds the fault too.
         with contextlib.suppress(UserError):
-            join(config)
+            joined.append(join(config))
 
-    threading.Thread(target=wait_in_vain, daemon=True).start()
-    assert config.federation.address is not None
-    open_store(config.federation.address, False, 20).get(until)
+    threads = []
+    for config in configs:
+        threads.append(threading.Thread(target=wait, args=(config,), daemon=True))
+        threads[-1].start()
+        assert config.federation.address is not None and config.federation.silos is not None
+        store = open_store(config.federation.address, False, 20)
+        card = json.loads(store.get(f"card-{config.federation.silo}"))
+    # With all sources at home, so that whoever waits finds no fault, and keeps the store until the others have read.
+    card["sources"] = {source.name: next(iter(card["sources"].values())) for source in config.sources}
+    try:
+        yield
+    finally:
+        for silo in range(config.federation.silos):
+            store.compare_set(f"card-{silo}", "", json.dumps(card))
+        for thread in threads:
+            thread.join(20)
+        assert not any(thread.is_alive() for thread in threads)
 
 
 def refusal(first: RunConfig, second: RunConfig) -> str:
     """What the launch of `second` is told where `first`'s, which serves the store, has joined before."""
-    joins_meanwhile(first, "charter")
-    with pytest.raises(UserError) as error:
+    with waiting(first), pytest.raises(UserError) as error:
         join(second)
     return str(error.value)
 
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_a_launch_that_differs_is_refused_with_the_field(corpus: Corpus, tmp_path: Path, what: str) -> None:
-    first, second = impatient(site_configs(corpus, tmp_path, [{}, {}], dept={"variant": "trim"}))
+    first, second = site_configs(corpus, tmp_path, [{}, {}], dept={"variant": "trim"})
     sections, told = REFUSED[what]
     assert refusal(first, changed(second, **sections)).startswith(told)
-
-
-def impatient(configs: list[RunConfig]) -> list[RunConfig]:
-    """Their threads end soon after the test."""
-    return [changed(config, federation={"join_timeout_seconds": 10}) for config in configs]
 
 
 def test_a_launch_of_other_sources_secret_tokenizer_or_version_is_refused(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = impatient(site_configs(corpus, tmp_path / "sources", [{}, {}], dept={"variant": "trim"}))
+    first, second = site_configs(corpus, tmp_path / "sources", [{}, {}], dept={"variant": "trim"})
     fewer = [source.model_dump(mode="json") for source in second.sources if source.name != "code"]
     assert refusal(first, changed(second, sources=fewer)).startswith("silo 1 has sources.code None, silo 0")
-    first, second = impatient(site_configs(corpus, tmp_path / "secret", [{}, {}], dept={"variant": "trim"}))
+    first, second = site_configs(corpus, tmp_path / "secret", [{}, {}], dept={"variant": "trim"})
     other = tmp_path / "other"
     other.write_text("a secret of another federation")
     told = refusal(first, changed(second, federation={"token_file": str(other)}))
     assert told.startswith("silo 1 has another secret in federation.token_file than silo 0")
-    first, second = impatient(site_configs(corpus, tmp_path / "version", [{}, {}], dept={"variant": "trim"}))
+    first, second = site_configs(corpus, tmp_path / "version", [{}, {}], dept={"variant": "trim"})
     with monkeypatch.context() as patched:
         patched.setattr(joining, "_charter", versions(joining._charter))
         assert refusal(first, second).startswith("silo 1 has version 99, silo 0, which was first, has ")
     # A tokenizer of one's own in the place of the global one: told by the dataset's card, as charters know none.
-    first, second = impatient(site_configs(corpus, tmp_path / "tokenizer", [{}, {}], dept={"variant": "trim"}))
+    first, second = site_configs(corpus, tmp_path / "tokenizer", [{}, {}], dept={"variant": "trim"})
     own = [source.model_dump(mode="json") | {"data": None} for source in second.sources]
     own[1]["data"] = str(corpus.own_data["greek"])
     told = refusal(first, changed(second, sources=own, tokenizer=None))
@@ -230,8 +274,6 @@ def test_a_launch_that_never_comes_and_one_that_comes_twice_are_told(corpus: Cor
     never, _ = site_configs(corpus, tmp_path / "never", [{}, {}], federation={"join_timeout_seconds": 1})
     with pytest.raises(FederationError, match="silo 0 waited for silos 1, which did not come in time"):
         join(never)
-    first, second, _ = impatient(site_configs(corpus, tmp_path / "twice", [{}, {}, {}], homes=EACH_ITS_OWN))
-    joins_meanwhile(first, "card-0")
-    joins_meanwhile(second, "card-1")
-    with pytest.raises(FederationError, match="silo 1 is in the federation already"):
+    first, second, _ = site_configs(corpus, tmp_path / "twice", [{}, {}, {}], homes=EACH_ITS_OWN)
+    with waiting(first, second), pytest.raises(FederationError, match="silo 1 is in the federation already"):
         join(second.model_copy(update={"run_dir": tmp_path / "elsewhere"}))

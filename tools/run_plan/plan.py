@@ -22,7 +22,7 @@ from run_plan.cluster import Cluster
 from run_plan.timing import bubble, exchange_time, step_time
 from run_plan.traffic import bytes_of_round
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from megatron_dept.common.progress import format_seconds
 from run_plan.cluster import Cluster
 
 MEMORY = (
-    "weights", "gradients", "buckets", "masters", "moments", "outer", "embedding", "activations", "logits", "device",
+    "weights", "gathered", "gradients", "buckets", "masters", "moments", "outer", "embedding", "activations", "logits",
+    "device",
 )  # fmt: skip
 
 
@@ -40,13 +41,21 @@ def show(console: Console, cluster: Cluster, plans: Sequence[dict[str, Any]]) ->
 
 def _memory_table(plans: Sequence[dict[str, Any]], silos: int) -> Table:
     """GB of the heaviest stage's rank, by part."""
-    table = Table("variant", "rows", *MEMORY, "row table (host)", title=f"GB of a rank, heaviest stage, {silos} silos")
+    table = Table(
+        "variant",
+        "rows",
+        *MEMORY,
+        "optimizer (host)",
+        "row table (host)",
+        title=f"GB of a rank, heaviest stage, {silos} silos",
+    )
     for plan in plans:
         memory = plan["memory"]
         total = "" if plan["fits"] else " [red]too much[/red]"
         figures = [f"{memory[part] / 1e9:,.2f}" for part in MEMORY]
         figures[-1] += total
-        table.add_row(plan["variant"], f"{plan['rows']:,}", *figures, f"{memory['row_table'] / 1e9:,.2f}")
+        host = [f"{memory[part] / 1e9:,.2f}" for part in ("host", "row_table")]
+        table.add_row(plan["variant"], f"{plan['rows']:,}", *figures, *host)
     return table
 
 

@@ -7,10 +7,10 @@ b s h a micro-batch's hidden state.
 
 from dataclasses import dataclass
 
+from megatron_dept.common.sizes import FP32_BYTES
 from megatron_dept.config.schema import ModelConfig, Variant
 from megatron_dept.dept.variants import VARIANTS
 from megatron_dept.training.planning.cut import (
-    FP32_BYTES,
     Cut,
     layers_of_stages,
     parameters_of_rank,

@@ -3,16 +3,18 @@
 Letters: S silos, P stages, D data ranks, T tensor ranks; h hidden, f ffn.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from pydantic import ValidationError
 
 from megatron_dept.common.errors import ConfigError
+from megatron_dept.common.sizes import FP32_BYTES
 from megatron_dept.config.schema import ModelConfig, ParallelConfig
 from megatron_dept.models.flops import head_flops_per_token, layer_flops_per_token
 from megatron_dept.models.pipeline import stage_layers
 
-FP32_BYTES = 4
 ALIGNMENT = 2
 """ZeRO 1 and 2 pad the flat body to this many elements a data rank (DeepSpeed's nccl_start_alignment_factor)."""
 
@@ -34,10 +36,24 @@ class Cut:
     loss_chunk_tokens: int = 256
     optimizer_moments: int = 2
     """Of the inner optimizer: AdamW's two, or none."""
+    offload_optimizer: bool = False
+    """Masters and moments are in host memory."""
+    separate: bool = False
+    """Silos are launches of their own: each has all rows of shared tables and the whole outer momentum."""
+    all_ranks: int | None = None
+    """Of all silos, where they are cut differently; else S P D T."""
+    all_embedding_ranks: int | None = None
+    """Of all silos' first stages, where they are cut differently; else S D T."""
 
     @property
     def silo_size(self) -> int:
         return self.pipe * self.data * self.tensor
+
+    @property
+    def row_owners(self) -> int:
+        """Ranks that a shared table's rows are spread over."""
+        silos = 1 if self.separate else self.silos
+        return self.all_embedding_ranks or silos * self.data * self.tensor
 
     @property
     def micro_batches(self) -> int:
@@ -59,6 +75,7 @@ def check_cut(model: ModelConfig, cut: Cut) -> None:
             pipeline_model_parallel_size=cut.pipe,
             sequence_parallel=cut.sequence_parallel,
             zero_stage=cut.zero_stage,
+            offload_optimizer=cut.offload_optimizer,
         )
         parallel.check_model(model)
     except ValidationError as error:
@@ -115,12 +132,39 @@ def copied_parameters(model: ModelConfig, layers: int, final_norm: bool) -> int:
     return model.hidden_size * (each * layers + last * final_norm)
 
 
-def partition(sizes: list[int], cut: Cut) -> int:
-    """Elements of one data rank's fp32 partition of parameters of these sizes, padding included."""
+class OverData(Protocol):
+    """What says how ZeRO cuts a body: a `Cut`, or a silo's shape."""
+
+    @property
+    def data(self) -> int: ...
+
+    @property
+    def zero_stage(self) -> int: ...
+
+
+def partition(sizes: Sequence[int], cut: OverData) -> int:
+    """Elements of one data rank's fp32 partition of parameters of these sizes, padding included.
+
+    ZeRO 3 cuts each parameter by itself, the others all of them laid end to end.
+    """
     if cut.zero_stage == 3:
         return sum(-(-size // cut.data) for size in sizes)
     step = cut.data * (ALIGNMENT if cut.zero_stage else 1)
     return -(-sum(sizes) // step) * step // cut.data
+
+
+def partition_ranges(sizes: Sequence[int], cut: OverData, rank: int) -> list[range]:
+    """Which elements of each parameter lie in the partition of data rank `rank`."""
+    part, begin, found = partition(sizes, cut), 0, []
+    for size in sizes:
+        low, high = rank * part - begin, (rank + 1) * part - begin
+        if cut.zero_stage == 3:
+            each = -(-size // cut.data)
+            low, high = rank * each, (rank + 1) * each
+        start = min(max(low, 0), size)
+        found.append(range(start, max(start, min(high, size))))
+        begin += size
+    return found
 
 
 def share(elements: int, silos: int) -> int:

@@ -2,21 +2,29 @@
 
 from dataclasses import asdict, dataclass
 
+from megatron_dept.common.sizes import FP32_BYTES, LARGEST_BUCKET
 from megatron_dept.config.schema import ModelConfig, Variant
 from megatron_dept.dept.variants import VARIANTS
-from megatron_dept.training.planning.cut import FP32_BYTES, Cut, layers_of_stages, parameters_of_rank, partition, share
+from megatron_dept.models.flops import body_parameters
+from megatron_dept.training.planning.cut import (
+    Cut,
+    layers_of_stages,
+    parameters_of_rank,
+    partition,
+    partition_ranges,
+    share,
+)
 
 PERSISTED_ELEMENTS = 100_000
 """Parameters of so many elements at most stay whole under ZeRO 3 (DeepSpeed's stage3_param_persistence_threshold)."""
-LARGEST_BUCKET = 50_000_000
-"""Elements of a reduction bucket at most: `engine.silo_engine` asks for no larger one."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. `row_table` is host memory; everything else is the device's."""
+    """Bytes of one rank. `host` (an offloaded optimizer) and `row_table` are host memory, the rest is the device's."""
 
     weights: int
+    gathered: int
     gradients: int
     buckets: int
     masters: int
@@ -25,11 +33,12 @@ class Memory:
     embedding: int
     activations: int
     logits: int
+    host: int
     row_table: int
 
     @property
     def device(self) -> int:
-        return sum(asdict(self).values()) - self.row_table
+        return sum(asdict(self).values()) - self.host - self.row_table
 
 
 def memory_of_rank(
@@ -39,11 +48,12 @@ def memory_of_rank(
 
     `vocabulary`: rows of the global table; `momentum`: whether the outer optimizer has one.
 
-    - weights: width x held (ZeRO 0 to 2) or x partition (3), where small parameters stay whole too. buckets: ZeRO 3's
+    - weights: width x held (ZeRO 0 to 2) or x partition (3), where small parameters stay whole too; gathered: the
+      two layers and a parameter there that are used or fetched ahead (`engine.silo_engine` asks for two). buckets: its
       reduction buffer, fp32 and as large as the body up to a limit. gradients: fp32, in which micro-batches are summed,
       x held (0, 1) or x partition (2, 3). masters: 4 x partition under ZeRO. moments: 8 x partition (x held under ZeRO
-      0) with AdamW.
-    - outer: the round's start, the summed delta and the momentum of this silo's share, in fp32.
+      0) with AdamW. host: these where the optimizer is offloaded (`_optimizer`).
+    - outer: see `outer_elements`. row_table: this rank's rows, their sums and momentum.
     - embedding: fp32 table, gradient, moments, the round's start where rows are shared, and the copy in compute
       precision; first and last stage have it, the position table is the first stage's.
     """
@@ -53,21 +63,17 @@ def memory_of_rank(
     held, part = sum(sizes), partition(sizes, cut)
     rule = VARIANTS[variant]
     shared = rule.token_rows == "shared"
-    own_share = share(part, cut.silos)
-    outer = part + cut.silos * own_share + (own_share if momentum else 0) if rule.averages_body else 0
+    outer = outer_elements(model, cut, part, momentum) if rule.averages_body else 0
     positions = model.seq_length if model.has_position_table else 0
     table = (-(-rows // cut.tensor) * (first or last) + positions * first) * model.hidden_size
     copy = cut.width if cut.width < FP32_BYTES else 0
-    owners = cut.silos * cut.data * cut.tensor
-    owned = (-(-vocabulary // owners) + -(-positions // owners)) * first * model.hidden_size
+    owned = (-(-vocabulary // cut.row_owners) + -(-positions // cut.row_owners)) * first * model.hidden_size
     sharded = cut.zero_stage == 3
     small = sum(size for size in sizes if size <= PERSISTED_ELEMENTS) if sharded else 0
     return Memory(
         weights=cut.width * (part + small if sharded else held),
-        gradients=FP32_BYTES * (part if cut.zero_stage >= 2 else held),
-        buckets=FP32_BYTES * min(held, LARGEST_BUCKET) if sharded else 0,
-        masters=FP32_BYTES * part if cut.zero_stage else 0,
-        moments=cut.optimizer_moments * FP32_BYTES * (part if cut.zero_stage else held),
+        gathered=cut.width * min(held, 2 * -(-held // model.num_layers) + max(sizes)) if sharded else 0,
+        **_optimizer(cut, sizes),
         outer=FP32_BYTES * outer,
         embedding=table * (FP32_BYTES * (2 + cut.optimizer_moments + shared) + copy),
         activations=activation_bytes(model, cut, layers[stage], stage),
@@ -76,6 +82,56 @@ def memory_of_rank(
         else 0,
         row_table=FP32_BYTES * owned * (3 if momentum else 2) if shared else 0,
     )
+
+
+def outer_elements(model: ModelConfig, cut: Cut, part: int, momentum: bool) -> int:
+    """fp32 elements that the outer exchange of a partition of `part` elements keeps over a round.
+
+    The round's start, the summed delta padded to shares, this silo's share of the momentum: all of it where silos are
+    launches of their own. Silos cut differently exchange by names: a rank owns an equal part of the whole body instead,
+    values and momentum, whatever its partition is.
+    """
+    if cut.all_ranks is not None:
+        return 2 * part + share(body_parameters(model), cut.all_ranks) * (1 + momentum)
+    own = share(part, cut.silos)
+    return part + cut.silos * own + momentum * (part if cut.separate else own)
+
+
+def _optimizer(cut: Cut, sizes: list[int]) -> dict[str, int]:
+    """Bytes of gradients, buckets, masters and moments of parameters of these sizes, and what of them is on the host.
+
+    Offloaded, masters, moments and the gradient they are stepped with are host memory. Beside them, under ZeRO 3 the
+    buffer that gradients are summed in; else the new weights on their way back and a buffer as large as the largest
+    parameter, which the device has too. Where micro-batches' gradients are of fp32 themselves, ZeRO 1 sums them on the
+    device, ZeRO 2 on the host, each parameter whole that lies in the partition. Of a bf16 body the device keeps the
+    partition's fp32 gradient, under ZeRO 1 the reduction buffer of several data ranks too.
+    """
+    held, part, fp32 = sum(sizes), partition(sizes, cut), cut.width == FP32_BYTES
+    bucket = FP32_BYTES * min(held, LARGEST_BUCKET)
+    if not cut.offload_optimizer:
+        stepped = part if cut.zero_stage else held
+        return {
+            "gradients": FP32_BYTES * (part if cut.zero_stage >= 2 else held),
+            "buckets": bucket if cut.zero_stage == 3 else 0,
+            "masters": FP32_BYTES * part if cut.zero_stage else 0,
+            "moments": cut.optimizer_moments * FP32_BYTES * stepped,
+            "host": 0,
+        }
+    host = FP32_BYTES * part * (2 + cut.optimizer_moments)
+    if cut.zero_stage == 3:
+        return {"gradients": 0, "buckets": bucket, "masters": 0, "moments": 0, "host": host + FP32_BYTES * part}
+    largest = cut.width * max(sizes, default=0)
+    host += cut.width * part + largest
+    if fp32 and cut.zero_stage == 2 and cut.micro_batches > 1:
+        own = zip(sizes, partition_ranges(sizes, cut, 0), strict=True)
+        host += FP32_BYTES * sum(size for size, elements in own if elements)
+    return {
+        "gradients": FP32_BYTES * (part if not fp32 else held if cut.zero_stage == 1 else 0),
+        "buckets": largest + (bucket if cut.zero_stage == 1 and cut.data > 1 and not fp32 else 0),
+        "masters": 0,
+        "moments": 0,
+        "host": host,
+    }
 
 
 def activation_bytes(model: ModelConfig, cut: Cut, layers: int, stage: int) -> int:

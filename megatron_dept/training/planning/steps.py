@@ -6,9 +6,9 @@ an all-reduce. Letters: P stages, D data ranks, T tensor ranks, m micro-batches,
 
 from dataclasses import dataclass
 
+from megatron_dept.common.sizes import FP32_BYTES
 from megatron_dept.config.schema import ModelConfig
 from megatron_dept.training.planning.cut import (
-    FP32_BYTES,
     Cut,
     copied_parameters,
     layers_of_stages,
