@@ -31,7 +31,7 @@ endif
 SOURCES := megatron_dept tools tests benchmarks setup.py pretrain_dept.py
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test check format test-all-layouts demo demo-all bench clean distclean
+.PHONY: help venv test check format test-long test-all-layouts demo demo-all bench clean distclean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /|/' | \
@@ -46,6 +46,9 @@ venv:  ## Make .venv with everything pinned, native code built; nothing where it
 
 test: venv  ## Every test, as CI runs them
 	@$(PY) -m pytest $(PYTEST_ARGS)
+
+test-long: venv  ## What make test leaves out for its length: further adapters, launchers and examples; some minutes
+	@$(PY) -m pytest -m long $(PYTEST_ARGS)
 
 test-all-layouts: venv  ## Gradients and updates on every legal layout, not only every pair of choices; hours on 2 cores
 	@$(PY) -m pytest -m all_layouts tests/engine $(PYTEST_ARGS)

@@ -164,6 +164,7 @@ def test_your_own_text(place):
     assert len(printed[commands[8]]) > len("Once")
 
 
+@pytest.mark.long
 def test_two_nodes(place):
     """Two launchers on this host, started as on two nodes without ssh."""
     node = ["examples/two_nodes/node.sh"]
@@ -184,6 +185,7 @@ def test_the_hostfile_has_the_shape_of_the_one_that_was_tried():
     assert [len(lines) for lines in hosts] == [2, 2]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(450)
 def test_mpirun_and_slurm_train_the_same(place):
     command = mpirun()

@@ -187,6 +187,7 @@ def trained(config: RunConfig, launcher: list[str]) -> RunConfig:
     return config
 
 
+@pytest.mark.long
 def test_training_under_mpirun_is_training_under_torchrun(by_torchrun, tmp_path):
     """As if on two nodes, where the address is MPI's to tell; on one node see the examples' tests."""
     pytest.importorskip("mpi4py")

@@ -31,11 +31,6 @@ class VariantRule:
     resets_embedding: bool
     """Embeddings are drawn anew every N_local steps and follow a cosine per cycle (active forgetting)."""
 
-    @property
-    def shares_rows(self) -> bool:
-        """Whether any embedding row crosses between silos."""
-        return "shared" in (self.token_rows, self.position_rows)
-
 
 VARIANTS: Mapping[str, VariantRule] = MappingProxyType(
     {

@@ -16,7 +16,6 @@ from megatron_dept.common.sizes import FP32_BYTES
 from megatron_dept.dept.averaging import mean_delta
 from megatron_dept.dept.outer import OuterRule, outer_step
 from megatron_dept.federation.communicator import Communicator
-from megatron_dept.federation.exchange import Exchange as Exchange
 from megatron_dept.federation.exchange import Handed, accept_state, commit_mean, new_momentum
 
 

@@ -24,7 +24,6 @@ from megatron_dept.federation.communicator import Communicator
 from megatron_dept.federation.exchange import Handed, accept_state, commit_mean, new_momentum
 from megatron_dept.federation.ledger import Kind
 from megatron_dept.federation.named_plan import COUNT, OFFSET, START, CanonicalOrder, primary, within
-from megatron_dept.federation.named_plan import named_exchange_bytes as named_exchange_bytes
 
 Pieces = list[tuple[int, int]]
 """(first, elements) of a flat tensor, in the order in which they travel."""

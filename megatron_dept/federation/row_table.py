@@ -17,7 +17,6 @@ from megatron_dept.dept.outer import OuterRule, needs_momentum, outer_step_rows
 from megatron_dept.federation.communicator import Communicator
 from megatron_dept.federation.ledger import Kind
 from megatron_dept.federation.row_spread import RowSpread, overlap
-from megatron_dept.federation.row_spread import block_size as block_size
 
 
 class RowTable:

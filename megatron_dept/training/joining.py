@@ -122,10 +122,8 @@ def _learn(cards: list[dict[str, Any]], sources: SourceSet) -> Layout:
 
 def _saves(config: RunConfig) -> list[tuple[str, str]]:
     """(name, save id) of this silo's committed checkpoints, oldest first: names grow with the steps trained."""
-    return [
-        (path.name, str(read_json(path / MANIFEST).get("save_id")))
-        for path in committed(config.run_dir / "checkpoints")
-    ]
+    paths = committed(config.run_dir / "checkpoints")
+    return [(path.name, str(read_json(path / MANIFEST).get("save_id", path.name))) for path in paths]
 
 
 def _common_checkpoint(saved: list[list[tuple[str, str]]], silo: int) -> str | None:

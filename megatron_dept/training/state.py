@@ -22,7 +22,7 @@ from megatron_dept.config.schema import RunConfig
 from megatron_dept.engine.embedding_owner import EmbeddingOwner
 from megatron_dept.engine.silo_engine import SiloEngine
 from megatron_dept.engine.world import World
-from megatron_dept.federation.body_exchange import Exchange
+from megatron_dept.federation.exchange import Exchange
 from megatron_dept.training.embeddings import (
     EmbeddingBroker,
     embedding_tensors,

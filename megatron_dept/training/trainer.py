@@ -20,7 +20,7 @@ from megatron_dept.dept.schedule import ScheduleRule, cycle_learning_rate, learn
 from megatron_dept.dept.variants import VARIANTS
 from megatron_dept.engine.silo_engine import SiloEngine
 from megatron_dept.engine.world import World
-from megatron_dept.federation.body_exchange import Exchange
+from megatron_dept.federation.exchange import Exchange
 from megatron_dept.training.body_hash import agree_on_body
 from megatron_dept.training.elastic import Elastic
 from megatron_dept.training.embeddings import EmbeddingBroker

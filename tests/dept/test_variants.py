@@ -27,10 +27,6 @@ def test_every_variant_a_configuration_may_name_has_a_rule():
     assert set(get_args(Variant)) == set(VARIANTS)
 
 
-def test_only_glob_and_trim_share_rows():
-    assert {name for name, rule in VARIANTS.items() if rule.shares_rows} == {"glob", "trim"}
-
-
 def test_the_table_cannot_be_changed():
     with pytest.raises(TypeError):
         VARIANTS["glob"] = VARIANTS["std"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.cases import EVERYTHING, PAIRS, THOROUGH, Case
+from tests.engine.cases import EVERYTHING, FURTHER, PAIRS, THOROUGH, Case
 from tests.engine.probes import DIFFERENTIAL, PROBES, probe
 from tests.support.distributed import run_ranks
 
@@ -15,8 +15,10 @@ CASES_A_FORK = 8
 
 
 OTHERS = tuple(case for case in PAIRS if case not in THOROUGH)
-REST = tuple(case for case in EVERYTHING if case not in (*THOROUGH, *PAIRS))
-TABLES = (THOROUGH, OTHERS, REST)
+# What shows a pair of choices is never left out.
+LEFT_OUT = tuple(case for case in FURTHER if case not in PAIRS)
+REST = tuple(case for case in EVERYTHING if case not in (*THOROUGH, *LEFT_OUT, *PAIRS))
+TABLES = (THOROUGH, LEFT_OUT, OTHERS, REST)
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ def _fork_of(case: Case) -> tuple[Sequence[Case], Sequence[str]]:
     table = next(table for table in TABLES if case in table)
     alike = [other for other in table if (other.data, other.tensor) == (case.data, case.tensor)]
     begin = alike.index(case) // CASES_A_FORK * CASES_A_FORK
-    return alike[begin : begin + CASES_A_FORK], list(PROBES) if table is THOROUGH else DIFFERENTIAL
+    return alike[begin : begin + CASES_A_FORK], list(PROBES) if table in (THOROUGH, LEFT_OUT) else DIFFERENTIAL
 
 
 @pytest.fixture(scope="package")
@@ -53,7 +55,10 @@ def reports() -> Callable[[Case], Ran]:
     return report
 
 
-@pytest.fixture(params=THOROUGH, ids=str)
+LONG = [pytest.param(case, marks=pytest.mark.long) for case in LEFT_OUT]
+
+
+@pytest.fixture(params=[*THOROUGH, *LONG], ids=str)
 def ran(request: pytest.FixtureRequest, reports: Callable[[Case], Ran]) -> Ran:
     """The cases that run every probe."""
     return reports(request.param)
@@ -61,7 +66,10 @@ def ran(request: pytest.FixtureRequest, reports: Callable[[Case], Ran]) -> Ran:
 
 @pytest.fixture(
     params=[
-        pytest.param(case, marks=[pytest.mark.all_layouts] * (table is REST)) for table in TABLES for case in table
+        *THOROUGH,
+        *LONG,
+        *OTHERS,
+        *(pytest.param(case, marks=pytest.mark.all_layouts) for case in REST),
     ],
     ids=str,
 )

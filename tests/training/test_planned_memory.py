@@ -38,7 +38,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "2 silos x tensor 2": (4, {"silos": 2, "tensor_model_parallel_size": 2}),
     "2 silos x pipe 2": (4, {"silos": 2, "pipeline_model_parallel_size": 2}),
 }
-IN_BF16 = [layout for layout in LAYOUTS if "ZeRO 0" not in layout]
+IN_BF16 = ["one process", "data 2, ZeRO 1", "data 2, ZeRO 3", "ZeRO 2, offload", "2 silos x pipe 2"]
 TRANSIENT = ("gathered", "activations", "logits")
 """Parts that are there in forward or backward alone."""
 NESTEROV = {"optimizer": "nesterov", "learning_rate": 0.7, "momentum": 0.9}
