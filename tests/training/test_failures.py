@@ -87,7 +87,11 @@ def survivors(ends: list[End], *lost: int) -> list[str]:
     return [end.error for end in others]
 
 
-@pytest.mark.parametrize("name", CASES)
+FURTHER = {"tensor, row exchange", "pipe, inner step"}
+"""Phases and layouts that others show one by one: for make test-long."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name in FURTHER)) for name in CASES])
 def test_a_killed_rank_is_named_and_the_next_start_goes_on(
     finished: Finished, corpus: Corpus, tmp_path: Path, name: str
 ) -> None:

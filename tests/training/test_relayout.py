@@ -91,7 +91,19 @@ def summed_deltas(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return whole
 
 
-@pytest.mark.parametrize("name", CASES)
+FURTHER = {
+    "two silos to one process, second slot of round two",
+    "two silos to one process, at the boundary",
+    "two data ranks to one",
+    "one data rank to two",
+    "data ranks become silos",
+    "silos of two to a silo of two",
+    "std, two data ranks to one",
+}
+"""Of data ranks and silos alone: for make test-long."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name in FURTHER)) for name in CASES])
 def test_another_layout_takes_over(finished: Finished, corpus: Corpus, tmp_path: Path, name: str) -> None:
     """Saved again by the other layout, before any step, every tensor has the same bits; then the same run, within
     tolerance of the one that was never stopped and never moved."""
