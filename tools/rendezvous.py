@@ -25,10 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_dept.federation.rendezvous import open_store
 
     store = open_store(address, True, 10.0)
+    store.set("served by", "tools/rendezvous.py")
     print(f"serving {address} until it is ended", flush=True)
-    while store is not None:
+    # The store lives as long as this frame has it.
+    while True:
         signal.pause()
-    return 0
 
 
 if __name__ == "__main__":
