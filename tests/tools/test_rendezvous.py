@@ -1,10 +1,12 @@
 """tools/rendezvous.py: a store that serves until it is ended."""
 
+import os
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import rendezvous
@@ -19,7 +21,10 @@ SECRET = "a secret of the silos"
 @pytest.fixture
 def served() -> Iterator[tuple[str, subprocess.Popen[str]]]:
     address = f"127.0.0.1:{free_port()}"
-    tool = subprocess.Popen([sys.executable, rendezvous.__file__, address], stdout=subprocess.PIPE, text=True)
+    # Also where the package is on pytest's path alone.
+    environment = {**os.environ, "PYTHONPATH": str(Path(rendezvous.__file__).parents[1])}
+    command = [sys.executable, rendezvous.__file__, address]
+    tool = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         assert tool.stdout is not None and tool.stdout.readline() == f"serving {address} until it is ended\n"
         yield address, tool
