@@ -12,7 +12,8 @@ BASE_PYTHON := $(or $(PYTHON),$(shell $(FIND_PYTHON)))
 ifeq ($(BASE_PYTHON),)
 $(error no Python 3.11 or newer was found; name one with PYTHON=...)
 endif
-PY := $(shell $(BASE_PYTHON) tools/setup_environment.py --print-python)
+# Said again: what $(shell) runs does not see exported variables before make 4.4.
+PY := $(shell $(if $(PYTHON),PYTHON=$(PYTHON)) $(BASE_PYTHON) tools/setup_environment.py --print-python)
 ifeq ($(PY),)
 $(error no environment to work in; see the line above)
 endif
@@ -39,19 +40,24 @@ help:  ## This list
 	@echo
 	@echo "  PYTHON=...           another Python; one that has torch >= 2.11 is used as it is"
 	@echo "  TORCH_INDEX_URL=...  where else torch may come from, e.g. https://download.pytorch.org/whl/cpu"
-	@echo "  PYTEST_ARGS=...      more arguments for pytest;  DEMO_ARGS=...  for tools/demo.py (--help lists them)"
+	@echo "  PYTEST_ARGS=...      more arguments for pytest;  TEST_WORKERS=...  processes that share the tests (2)"
+	@echo "  DEMO_ARGS=...        for tools/demo.py (--help lists them)"
 
 venv:  ## Make .venv with everything pinned, native code built; nothing where it is up to date
 	@$(BASE_PYTHON) tools/setup_environment.py
 
+# Files of tests go to TEST_WORKERS processes; most of a test's time is spent in ranks that wait for one another.
+TEST_WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile
+
 test: venv  ## Every test, as CI runs them
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@$(PYTEST) $(PYTEST_ARGS)
 
 test-long: venv  ## What make test leaves out for its length: further adapters, launchers and examples; some minutes
-	@$(PY) -m pytest -m long $(PYTEST_ARGS)
+	@$(PYTEST) -m long $(PYTEST_ARGS)
 
 test-all-layouts: venv  ## Gradients and updates on every legal layout, not only every pair of choices; hours on 2 cores
-	@$(PY) -m pytest -m all_layouts tests/engine $(PYTEST_ARGS)
+	@$(PYTEST) -m all_layouts tests/engine $(PYTEST_ARGS)
 
 check: venv  ## Format, lint, types, and the floors that imports go down
 	@$(PY) -m ruff format --check --quiet $(wildcard $(SOURCES))

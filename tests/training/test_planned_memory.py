@@ -84,14 +84,15 @@ def _held(launch: Launch, config: RunConfig) -> tuple[int, int]:
         whole.append(sum(size for size in found if size in matrices))
         backward(*arguments, **options)
 
-    # The second step is the first that has an optimizer's moments beside its gradients.
+    # The second step is the first that has an optimizer's moments beside its gradients. The less of two: what
+    # happens to wait for the collector in one is nothing that a rank holds.
     trainer._engine.shards.step = weighed  # type: ignore[method-assign]
     trainer._engine.engine.backward = counted
-    for _ in range(2):
+    for _ in range(3):
         trainer._step(local, local.source)
         local.step += 1
     world.barrier()
-    return held[1], whole[-1] if whole else 0
+    return min(held[1:]), whole[-1] if whole else 0
 
 
 def _cut_matrices(config: RunConfig) -> dict[int, int]:
