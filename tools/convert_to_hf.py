@@ -84,10 +84,14 @@ def _sources(checkpoint: Checkpoint, arguments: Namespace) -> list[str | None]:
     if not arguments.all_sources:
         return [arguments.source]
     known = checkpoint.manifest["sources"]
-    for name in known:
-        if not known[name]["trained"]:
+    trained = []
+    for name, entry in known.items():
+        if not entry["trained"]:
             print(f"{name} is left out: it was never sampled and has no embedding yet")
-    trained = [name for name in known if known[name]["trained"]]
+        elif entry.get("retired"):
+            print(f"{name} is left out: it has left the run; export it with --source {name}")
+        else:
+            trained.append(name)
     if not trained:
         raise CheckpointError(f"{checkpoint.directory}: no source was ever sampled; train further first")
     return trained

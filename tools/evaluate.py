@@ -148,7 +148,7 @@ def _tasks(checkpoint: Checkpoint, arguments: Namespace) -> list[Task]:
     """What can be scored, in order; what cannot is said and left out. Raises ConfigError where nothing is left."""
     manifest = checkpoint.manifest
     known = manifest["sources"]
-    sources = arguments.sources or {name: Path(entry["data"]) for name, entry in known.items()}
+    sources = arguments.sources or _present(known)
     for name in arguments.ood:
         if name in known:
             raise ConfigError(f"--ood: the run trained on {name}; give it under --sources")
@@ -161,6 +161,14 @@ def _tasks(checkpoint: Checkpoint, arguments: Namespace) -> list[Task]:
     if not tasks:
         raise ConfigError(f"--run {arguments.run}: no source is left to score; train further, or adapt first")
     return tasks
+
+
+def _present(known: dict[str, Any]) -> dict[str, Path]:
+    """The sources that the run trains on now, and where their datasets were then."""
+    for name, entry in known.items():
+        if entry.get("retired"):
+            _skip(name, f"it has left the run; score it with --sources {name}={entry['data']}")
+    return {name: Path(entry["data"]) for name, entry in known.items() if not entry.get("retired")}
 
 
 def _skip(name: str, reason: str) -> None:

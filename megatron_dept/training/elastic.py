@@ -222,8 +222,7 @@ class Elastic:
                 trained.append(name)
             dropped += report["dropped"]
             progress.skipped += report["skipped"]
-        progress.round += 1
-        progress.done, progress.dropped, progress.flights = [], [], {}
+        progress.end_round()
         return {"sources": sorted(trained), "dropped": sorted(dropped), "members": sorted(standing.members)}
 
     def _advance(self, round: int, members: Members, patience: float) -> NextRound | None:

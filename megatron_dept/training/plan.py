@@ -25,6 +25,7 @@ from megatron_dept.training.partitions import silo_parts
 from megatron_dept.training.planning.cut import Cut
 from megatron_dept.training.planning.memory import memory_of_rank
 from megatron_dept.training.planning.steps import bytes_of_step
+from megatron_dept.training.resume import changes_line, resume_point
 from megatron_dept.training.sources import SourceSet
 from megatron_dept.training.traffic_plan import TrafficPlan, itemised_body_bytes
 
@@ -33,7 +34,7 @@ def build_plan(config: RunConfig, ranks: int, sources: SourceSet | None = None) 
     """The plan as plain values; raises the `UserError`s that the run itself would raise for its configuration.
 
     With `sources`, those of `config` already open, it is of the run's own variant alone; without, of every variant
-    whose datasets are there, and why it is not of the others.
+    whose datasets are there, why it is not of the others, and which sources have joined or left the run in `run_dir`.
     """
     layout = Layout.cut(config.parallel, ranks)
     if config.federation.silos is not None:
@@ -53,7 +54,11 @@ def build_plan(config: RunConfig, ranks: int, sources: SourceSet | None = None) 
                 raise
             unavailable[variant] = str(error)
     chosen = variants[config.dept.variant]
+    changed = None
+    if sources is None and (checkpoint := resume_point(config, opened := SourceSet(config))) is not None:
+        changed = changes_line(checkpoint, opened)
     return {
+        "source_changes": changed,
         "layout": {
             "silos": layout.silos,
             "ranks": ranks,
@@ -90,6 +95,8 @@ def print_plan(config: RunConfig, ranks: int) -> None:
         f"sequential steps; {config.training.global_batch_size} sequences x {config.model.seq_length} tokens a silo "
         "and step"
     )
+    if plan["source_changes"] is not None:
+        console.print(plan["source_changes"], markup=False)
     if plan["idle_silos"]:
         console.print(_idle_line(config, plan["idle_silos"], layout["silos"]), markup=False)
     ranks_table = Table("rank", "silo", "pipe", "data", "tensor", title="Rank map")

@@ -1,5 +1,6 @@
 """How far a run has come: what its manifest says beside the tensors. No layout appears in it."""
 
+import copy
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,6 +18,8 @@ class RunProgress:
     """Counters of the whole federation, equal on every rank at every synchronisation."""
 
     round: int = 0
+    sampled: list[str] = field(default_factory=list)
+    """Sources of the current round, as drawn when it began: none that joins the run later takes part in it."""
     done: list[str] = field(default_factory=list)
     """Sources of the current round whose local phase has ended and whose delta, unless dropped, is in the sums."""
     dropped: list[str] = field(default_factory=list)
@@ -42,12 +45,18 @@ class RunProgress:
         """Whether the current round has begun."""
         return bool(self.done or self.flights)
 
+    def end_round(self) -> None:
+        """The current round has ended."""
+        self.round += 1
+        self.sampled, self.done, self.dropped, self.flights = [], [], [], {}
+
     def dump(self) -> dict[str, Any]:
         """As plain values for the manifest."""
         return asdict(self)
 
     @classmethod
     def load(cls, values: dict[str, Any]) -> "RunProgress":
-        """The inverse of `dump`."""
+        """The inverse of `dump`; what the run goes on to count is not written into `values`."""
+        values = copy.deepcopy(values)
         flights = {name: Flight(**flight) for name, flight in values["flights"].items()}
         return cls(**{**values, "flights": flights})

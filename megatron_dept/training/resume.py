@@ -6,6 +6,8 @@ from typing import Any
 from megatron_dept.checkpoint.reader import Checkpoint, committed
 from megatron_dept.common.errors import CheckpointError
 from megatron_dept.config.schema import RunConfig
+from megatron_dept.training.progress_state import RunProgress
+from megatron_dept.training.source_changes import SourceChanges, source_differences
 from megatron_dept.training.sources import SourceSet
 
 # What a resumed run must share with its checkpoint: all that its numbers depend on, but not the layout.
@@ -24,7 +26,14 @@ def resume_point(config: RunConfig, sources: SourceSet, name: str | None = None)
         return None
     checkpoint = Checkpoint.open(config.run_dir / "checkpoints" / name if name is not None else config.run_dir)
     checkpoint.index.paths("")  # reads every file's header: damage is found here, not when ranks wait for one another
-    for field, before, after in _differences(checkpoint, config, sources):
+    changes = SourceChanges.since(checkpoint.manifest, sources.names)
+    if changes and config.dept.synchronous:
+        raise CheckpointError(
+            f"{checkpoint.directory}: variant {config.dept.variant} trains on one blend of all sources and has come so "
+            f"far in that blend, so none can join or leave; set sources to "
+            f"{', '.join(checkpoint.manifest['all_sources'])}, or choose another run_dir for a new run"
+        )
+    for field, before, after in _differences(checkpoint, config, sources, changes):
         raise CheckpointError(
             f"{checkpoint.directory} was trained with {field} {before}, this run has {after}; "
             "set it back, or choose another run_dir for a new run"
@@ -32,27 +41,25 @@ def resume_point(config: RunConfig, sources: SourceSet, name: str | None = None)
     return checkpoint
 
 
-def _differences(checkpoint: Checkpoint, config: RunConfig, sources: SourceSet) -> Iterator[tuple[str, Any, Any]]:
+def changes_line(checkpoint: Checkpoint, sources: SourceSet) -> str | None:
+    """One line on which sources have joined, left or come back since the checkpoint; None where none has."""
+    changes = SourceChanges.since(checkpoint.manifest, sources.names)
+    return changes.describe(RunProgress.load(checkpoint.manifest["progress"])) if changes else None
+
+
+def _differences(
+    checkpoint: Checkpoint, config: RunConfig, sources: SourceSet, changes: SourceChanges
+) -> Iterator[tuple[str, Any, Any]]:
     """(what, then, now) of all that should be equal and is not."""
     then, now = checkpoint.manifest["trained_with"], config.model_dump(mode="json")
+    if changes:
+        # With fewer sources there may be too few for it; the round under way keeps its sample.
+        then = {**then, "dept": {**then["dept"], "sources_per_round": config.dept.sources_per_round}}
     for prefix, fields in (("", SHARED), ("dept", SHARED_DEPT), ("training", SHARED_TRAINING)):
         before, after = (then[prefix], now[prefix]) if prefix else (then, now)
         for field in fields:
             yield from _leaves(f"{prefix}.{field}" if prefix else field, before.get(field), after.get(field))
-    known = checkpoint.manifest["sources"]
-    before_names, now_names = checkpoint.manifest["all_sources"], list(sources.names)
-    if sorted(before_names) != sorted(now_names):
-        yield "sources", ", ".join(before_names), ", ".join(now_names)
-    if known.keys() != sources.directories.keys():
-        yield "sources at home", ", ".join(known), ", ".join(sources.directories)
-    for name in sources.directories:
-        card = sources.cards[name]
-        before, after = known[name]["tokenizer_fingerprint"], card.tokenizer_fingerprint
-        if before != after:
-            yield f"source {name} under tokenizer", before[:12], after[:12]
-        before, after = known[name]["text_fingerprint"], card.text_fingerprint
-        if before != after:
-            yield f"source {name} of text", before, after
+    yield from source_differences(checkpoint.manifest, sources)
 
 
 def _leaves(path: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:

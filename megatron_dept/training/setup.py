@@ -40,7 +40,7 @@ from megatron_dept.training.metrics import Metrics
 from megatron_dept.training.parts import body_part, build_exchange
 from megatron_dept.training.plan import build_plan
 from megatron_dept.training.progress_state import RunProgress
-from megatron_dept.training.resume import resume_point
+from megatron_dept.training.resume import changes_line, resume_point
 from megatron_dept.training.signals import StopRequest
 from megatron_dept.training.sources import SourceSet
 from megatron_dept.training.state import RunState
@@ -174,6 +174,8 @@ def build_trainer(
             state.resume_flight(sources.trained[0], broker.resident)
         if world.is_writer:
             metrics.say(f"resuming from {resume_from.directory} at round {progress.round + 1}/{config.dept.rounds}")
+            if told := changes_line(resume_from, sources):
+                metrics.say(told)
             # Every silo has loaded its own by now: `restore` ends with all.
             if orphans := remove_newer(resume_from.directory):
                 names = ", ".join(path.name for path in orphans)

@@ -31,6 +31,7 @@ from megatron_dept.training.embeddings import (
 )
 from megatron_dept.training.inner_state import inner_tensors, read_inner_state
 from megatron_dept.training.progress_state import RunProgress
+from megatron_dept.training.source_changes import SourceChanges, retired_sources
 from megatron_dept.training.sources import MIXTURE, SourceSet
 
 
@@ -56,6 +57,8 @@ class RunState:
         self._store = store
         self._directory = config.run_dir / "checkpoints"
         self._flight_index: SliceIndex | None = None
+        self._retired: dict[str, dict[str, Any]] = {}
+        self._retired_index: SliceIndex | None = None
 
     def save(
         self, progress: RunProgress, flight: tuple[str, EmbeddingOwner | None] | None, active: Collection[str]
@@ -79,6 +82,9 @@ class RunState:
                 tensors |= self._carried(name)
             for name, vocabulary in self._sources.vocabularies.items():
                 tensors |= whole(f"vocabulary/{name}", torch.from_numpy(vocabulary.ids.copy()))
+            for name in self._retired:
+                assert self._retired_index is not None
+                tensors |= whole(f"vocabulary/{name}", self._retired_index.read(f"vocabulary/{name}"))
         # A rank that idles is ahead of its silo: what others put into the store must be there before it is listed.
         self._world.barrier()
         target = save_checkpoint(
@@ -91,14 +97,22 @@ class RunState:
             self._manifest(progress),
             self._config.checkpoint.keep_last,
         )
+        # The checkpoint that these were read from may be gone now.
         if waiting:
-            # The checkpoint they were restored from may be gone now.
             self._flight_index = Checkpoint.open(target).index
+        if self._retired and self._world.is_writer:
+            self._retired_index = Checkpoint.open(target).index
         return target
 
     def restore(self, checkpoint: Checkpoint) -> RunProgress:
-        """Load a checkpoint of this run (see `training.resume`) into engine, exchange, tables and store; collective."""
+        """Load a checkpoint of this run (see `training.resume`) into engine, exchange, tables and store; collective.
+
+        Sources may have joined and left since: see `training.source_changes`.
+        """
         progress = RunProgress.load(checkpoint.manifest["progress"])
+        SourceChanges.since(checkpoint.manifest, self._sources.names).apply(progress)
+        self._retired = retired_sources(checkpoint.manifest, self._sources.names)
+        self._retired_index = checkpoint.index if self._retired else None
         index, shards = checkpoint.index, self._engine.shards
         body = index.fill(torch.zeros(shards.numel), "body", shards.segments)
         shards.write(body)
@@ -177,7 +191,7 @@ class RunState:
     def _links(self) -> list[Path]:
         """Store files this rank answers for: all that share a run directory share the work, by the files' names."""
         ranks, own = self._world.launch.world_size, self._world.launch.rank
-        files = [file for name in self._sources.names for file in self._store.files(name)]
+        files = [file for name in (*self._sources.names, *self._retired) for file in self._store.files(name)]
         return [file for file in files if zlib.crc32(f"{file.parent.name}/{file.name}".encode()) % ranks == own]
 
     def _manifest(self, progress: RunProgress) -> dict[str, Any]:
@@ -200,10 +214,12 @@ class RunState:
                     **asdict(card),
                     "vocabulary": self._sources.kind,
                     "trained": name in trained or MIXTURE in trained,
+                    "retired": False,
                 }
                 for name, card in self._sources.cards.items()
                 if name in self._sources.directories
-            },
+            }
+            | self._retired,
             "all_sources": list(self._sources.names),
             "progress": progress.dump(),
             "trained_with": config.model_dump(mode="json"),

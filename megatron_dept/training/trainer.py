@@ -115,7 +115,8 @@ class Trainer:
 
     def _round(self) -> bool:
         began = time.perf_counter()
-        sampled = self._sampled(self.progress.round)
+        sampled = tuple(self.progress.sampled) or self._sampled(self.progress.round)
+        self.progress.sampled = list(sampled)
         remaining = tuple(name for name in sampled if name not in self.progress.done)
         for slot in self._sources.slots(remaining, self._world.layout.silos):
             if not self._slot(slot):
@@ -311,8 +312,7 @@ class Trainer:
         if self._elastic is None:
             value = self._engine.shards.read() if self._exchange is None else self._exchange.value
             entry["body_hash"] = agree_on_body(self._world, self._engine, value, self.progress.round)
-            self.progress.round += 1
-            self.progress.done, self.progress.dropped = [], []
+            self.progress.end_round()
         # The store's files of this round are written before anyone reads them in the next.
         self._world.barrier()
         return entry | {"exchange_seconds": time.perf_counter() - began}
@@ -334,7 +334,9 @@ class Trainer:
 
     def _predicted(self, sampled: tuple[str, ...], number: int) -> dict[str, int]:
         """What the round was to send, by kind; collective where silos are launches of their own."""
-        predicted = self._traffic.round_bytes(sampled) if self._exchange is not None else {}
+        # What sources sent that have left the run in the middle of the round, nobody can foretell.
+        here = [name for name in sampled if name in self._sources.trained]
+        predicted = self._traffic.round_bytes(here) if self._exchange is not None else {}
         if self._elastic is not None:
             predicted = {kind: sent + self._elastic.told_bytes.get(kind, 0) for kind, sent in predicted.items()}
         if self._validates(number):

@@ -1,12 +1,13 @@
 """A small run's configuration over the test corpus, and running it on forked ranks."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_dept.checkpoint.reader import Checkpoint
+from megatron_dept.checkpoint.reader import Checkpoint, committed
 from megatron_dept.config.load import validate_config
 from megatron_dept.config.schema import RunConfig
 from megatron_dept.topology.launch import Launch
@@ -38,6 +39,17 @@ def small_config(corpus: Corpus, run_dir: Path, **sections: Any) -> RunConfig:
 def train(config: RunConfig, ranks: int = 1) -> list[bool]:
     """Run the whole program's `run` on forked ranks; what each returned."""
     return run_ranks(ranks, train_rank, config)
+
+
+def run_that_greek_left(corpus: Corpus, directory: Path, variant: str) -> Path:
+    """A finished run of two rounds of a step; after the first one greek has left latin alone."""
+    run_dir = directory / "run"
+    same = {"dept": {"variant": variant, "rounds": 2, "n_local": 1}}
+    train(small_config(corpus, run_dir, source_names=["latin", "greek"], **same))
+    # Back to the first round's end: a run that has ended has two checkpoints.
+    shutil.rmtree(committed(run_dir / "checkpoints")[-1])
+    train(small_config(corpus, run_dir, source_names=["latin"], **same))
+    return run_dir
 
 
 def train_rank(launch: Launch, config: RunConfig) -> bool:

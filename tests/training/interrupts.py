@@ -63,7 +63,7 @@ def assert_same_bits(checkpoint: Checkpoint, expected: Checkpoint) -> None:
     found, wanted = whole_state(checkpoint), whole_state(expected)
     assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
     assert [name for name in found if not torch.equal(found[name], wanted[name])] == []
-    for counter in ("round", "done", "dropped", "flights", "cursors", "steps", "skipped"):
+    for counter in ("round", "sampled", "done", "dropped", "flights", "cursors", "steps", "skipped"):
         assert checkpoint.manifest["progress"][counter] == expected.manifest["progress"][counter], counter
 
 
