@@ -1,0 +1,97 @@
+"""From ids to embeddings in one pass: global id to local row, row + position, one rounding; and the way back.
+
+Shapes: `b` batch, `s` sequence, `h` hidden, `V` global vocabulary, `v` rows of the local table, `L` positions, `u` rows
+touched by a batch.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_dept.ops import reference
+from megatron_dept.ops.arguments import FLOATS, expect, expect_dtype
+
+
+def remap_lookup(
+    ids: Tensor,
+    local_of: Tensor | None,
+    table: Tensor,
+    position: Tensor | None,
+    dtype: torch.dtype,
+    start: int = 0,
+) -> Tensor:
+    """Embeddings [b, s, h] in `dtype` of `ids` (int64 [b, s]): table[local_of[id] - start] + position[t], rounded once.
+
+    `local_of` (int32 [V]) gives an id's row of the source's table; without it ids are such rows. `table` (fp32 [v, h])
+    holds rows start..start+v-1, a vocabulary shard: any other row counts as zeros. `position` (fp32 [L, h], L >= s) is
+    added in fp32. Differentiable in `table` and `position`.
+
+    Raises ValueError, naming the argument, for a wrong dtype, shape or device; IndexError for an id outside `local_of`.
+    """
+    expect("table", table, torch.float32, (None, None), table.device)
+    _expect_ids(ids, local_of, table.device)
+    expect_dtype("dtype", dtype)
+    if position is not None:
+        expect("position", position, torch.float32, (None, table.shape[1]), table.device)
+        if len(position) < ids.shape[1]:
+            raise ValueError(f"position has {len(position)} rows for a sequence of {ids.shape[1]}")
+    looked_up: Tensor = _Lookup.apply(ids, local_of, table, position, dtype, start)
+    return looked_up
+
+
+def remap_lookup_backward(
+    ids: Tensor, local_of: Tensor | None, grad: Tensor, rows: int, start: int, positions: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradient of `remap_lookup` where it is not zero: (touched, grad_rows, grad_position).
+
+    `grad` [b, s, h] fp32, bf16 or fp16; `rows` are those of the table, v. `touched` int64 [u]: its rows that occur,
+    ascending; `grad_rows` fp32 [u, h]: their gradients, summed from zero in the order of (b, s). `grad_position`
+    fp32 [positions, h], summed in the order of b; None where `positions` is 0.
+    """
+    _expect_ids(ids, local_of, grad.device)
+    expect("grad", grad, FLOATS, (*ids.shape, None), grad.device)
+    if rows < 0 or 0 < positions < ids.shape[1]:
+        raise ValueError(f"rows is {rows}, positions {positions} for a sequence of {ids.shape[1]}")
+    _expect_known(ids, local_of)
+    return reference.remap_lookup_backward(ids, local_of, grad, rows, start, positions)
+
+
+def _expect_ids(ids: Tensor, local_of: Tensor | None, device: torch.device) -> None:
+    expect("ids", ids, torch.int64, (None, None), device)
+    if local_of is not None:
+        expect("local_of", local_of, torch.int32, (None,), device)
+
+
+def _expect_known(ids: Tensor, local_of: Tensor | None) -> None:
+    """IndexError for an id outside `local_of`: python's indexing would take a negative one from the end."""
+    if local_of is not None and ids.numel() and bool(((ids < 0) | (ids >= len(local_of))).any()):
+        raise IndexError(f"ids holds an id outside 0..{len(local_of) - 1}, those that local_of maps")
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ids: Tensor,
+        local_of: Tensor | None,
+        table: Tensor,
+        position: Tensor | None,
+        dtype: torch.dtype,
+        start: int,
+    ) -> Tensor:
+        ctx.save_for_backward(ids, local_of)
+        ctx.rows, ctx.start, ctx.positions = len(table), start, 0 if position is None else len(position)
+        _expect_known(ids, local_of)
+        return reference.remap_lookup(ids, local_of, table, position, dtype, start)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        ids, local_of = ctx.saved_tensors
+        grad = gradients[0].contiguous()
+        touched, grad_rows, grad_position = remap_lookup_backward(
+            ids, local_of, grad, ctx.rows, ctx.start, ctx.positions
+        )
+        grad_table = grad.new_zeros(ctx.rows, grad.shape[2], dtype=torch.float32)
+        grad_table[touched] = grad_rows
+        return None, None, grad_table, grad_position, None, None
