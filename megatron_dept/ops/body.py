@@ -42,7 +42,9 @@ def body_pack(
     """The delta carried + (value - local) into the bytes `out`; all fp32 [n], None where there is none.
 
     Without `local` the delta is `value` itself. int8 adds `residual` and leaves in it, in place, what the wire could
-    not say; other wires take none. Raises ValueError, naming the argument, for a wrong dtype, shape, device or alignment.
+    not say; other wires take none.
+
+    Raises ValueError, naming the argument, for a wrong dtype, shape, device or alignment.
     """
     size = wire_bytes(value.numel(), wire)
     _expect_elements(value, local=local, carried=carried, residual=residual)
@@ -85,7 +87,7 @@ def body_unpack(
 def body_apply(
     back: Tensor, value: Tensor, wire: Wire, master: Tensor | None = None, low: Tensor | None = None
 ) -> None:
-    """value (fp32 [n]) becomes what `back` says; then master = value (fp32), low = its cast (bf16, fp16), in one pass."""
+    """value (fp32 [n]) becomes what `back` says; then master = value, low = value cast (bf16, fp16), in one pass."""
     _expect_elements(value, master=master)
     if low is not None:
         expect("low", low, LOW_PRECISION, value.shape, value.device)

@@ -15,7 +15,8 @@ def trim_gather(
 ) -> Tensor:
     """Rows `ids` (int64 [k], ascending) of a shard `table` (fp32 [n, h]): [k, h] in `dtype`.
 
-    The shard holds the global rows first..first+n-1. An id outside the shard gives a row of zeros. `out` [k, h] of `dtype` is filled and returned where given.
+    The shard holds the global rows first..first+n-1. An id outside the shard gives a row of zeros. `out` [k, h] of
+    `dtype` is filled and returned where given.
     Raises ValueError, naming the argument, for a wrong dtype, shape or device.
     """
     expect("table", table, torch.float32, (None, None), table.device)
