@@ -25,7 +25,7 @@ from tests.test_launchers import FAKE_SRUN, mpirun, start_environment
 
 PROJECT = Path(__file__).resolve().parents[1]
 EXAMPLES = PROJECT / "examples"
-NAMES = ("your_own_text", "two_nodes", "slurm", "mpirun", "two_sites")
+NAMES = ("your_own_text", "changing_sources", "two_nodes", "slurm", "mpirun", "two_sites")
 COMMAND = re.compile(
     r"^ {4}((?:[A-Z_]+=(?:\"[^\"]*\"|\S+) )*(?:python|sbatch|examples/\S+)(?: .*?)?)(?:\s{2,}#.*)?$", re.MULTILINE
 )
@@ -162,6 +162,27 @@ def test_your_own_text(place):
     assert "first" in printed[commands[6]] and "second" in printed[commands[6]], "a score for each"
     assert {path.name for path in (place / "own" / "hf").iterdir()} == {"first", "second"}
     assert len(printed[commands[8]]) > len("Once")
+
+
+def test_changing_sources(place):
+    """Every command in its order; the first is stopped in the middle of its first round."""
+    first, *others = [shlex.split(command) for command in shown("changing_sources")]
+    # A round long enough to be stopped in.
+    steps = ["--dept.n_local", "20", *SHORT[2:]]
+    run_dir = place / "own" / "runs" / "changing-sources"
+    with subprocess.Popen([*first, *steps], cwd=place, env=environment(place), stdout=subprocess.PIPE) as process:
+        try:
+            for line in process.stdout:
+                if b"round 1/2 step 2/" in line:
+                    process.terminate()
+            assert process.wait(LIMIT_SECONDS) == 0
+        finally:
+            process.kill()
+    for command in others:
+        assert "sources: second joined" in run(place, [*command, *steps])[0]
+    trained = [source for source, _ in losses(run_dir)]
+    assert sorted(set(trained)) == ["first", "second"]
+    assert (trained.count("first"), trained.count("second")) == (40, 20), "second in the second round alone"
 
 
 @pytest.mark.long
