@@ -32,6 +32,9 @@ class OuterConfig(Section):
     optimizer: Literal["fedavg", "nesterov"] = "fedavg"
     learning_rate: float = Field(1.0, gt=0)
     momentum: float = Field(0.0, ge=0, lt=1, description="nesterov only; DiLoCo uses 0.9 with learning_rate 0.7")
+    overlap: int = Field(
+        0, ge=0, description="inner steps of the next round during which the exchange may still run; 0: none"
+    )
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -56,6 +59,21 @@ class DeptConfig(Section):
         "stop", description="past max_bad_steps in a round: stop the run, or leave that source's delta out of the round"
     )
     max_bad_steps: int = Field(5, ge=0, description="skipped steps (non-finite gradient) of a source in a round")
+
+    @model_validator(mode="after")
+    def _overlap_fits(self) -> Self:
+        overlap = self.outer.overlap
+        if overlap and self.synchronous:
+            raise ValueError(
+                f"outer.overlap {overlap}: variant {self.variant} is synchronous and has no exchange between rounds; "
+                "set outer.overlap: 0"
+            )
+        if overlap > self.n_local:
+            raise ValueError(
+                f"outer.overlap {overlap} exceeds the n_local {self.n_local} steps of a round, within which an "
+                f"exchange must end; set it to at most {self.n_local}"
+            )
+        return self
 
     @property
     def synchronous(self) -> bool:
@@ -189,6 +207,7 @@ class RunConfig(Section):
             raise ValueError(
                 f"dept.sources_per_round {sampled} exceeds the {len(self.sources)} sources; set it to at most that"
             )
+        self._check_overlap()
         self._check_homes()
         self.parallel.check_model(self.model)
         if self.training.precision == "bf16" and self.parallel.zero_stage == 0:
@@ -199,6 +218,19 @@ class RunConfig(Section):
                 f"training.micro_batch_size {self.training.micro_batch_size}; set it to a multiple"
             )
         return self
+
+    def _check_overlap(self) -> None:
+        overlap, federation = self.dept.outer.overlap, self.federation
+        if overlap and federation.on_silo_loss == "continue":
+            raise ValueError(
+                f"dept.outer.overlap {overlap} with federation.on_silo_loss continue: the silos vote on a round's step "
+                "before anyone trains on; set dept.outer.overlap: 0, or federation.on_silo_loss: stop"
+            )
+        if overlap and federation.backend == "mpi":
+            raise ValueError(
+                f"dept.outer.overlap {overlap} with federation.backend mpi: an MPI library may not let two threads "
+                "communicate at once; set federation.backend: gloo, or dept.outer.overlap: 0"
+            )
 
     def _check_homes(self) -> None:
         federation = self.federation

@@ -32,7 +32,7 @@ class World:
     Within the silo: `silo` is all its ranks, `data`, `tensor` and `stages` those along one axis, `ends` the first and
     last stage of this (data, tensor), `embedding` the first stage's ranks. Between silos: `peers` of this coordinate
     (equal silos), `wide` all ranks and `row_owners` all first stages' ranks (unequal ones), `leaders` each silo's first
-    rank. A rank that has no part in a group has `Alone` for it.
+    rank, `exchange` the ranks that exchange the body. A rank that has no part in a group has `Alone` for it.
     """
 
     launch: Launch
@@ -54,6 +54,10 @@ class World:
     wide: Communicator
     row_owners: Communicator
     leaders: Communicator
+    exchange: Communicator
+    """What the body's outer exchange runs over: `peers` or `wide`, or the same ranks in a group of its own."""
+    exchange_ledger: Ledger
+    """What `exchange` is charged to: `ledger`, unless the group is its own."""
     mpu: ModelParallelUnit | None
     """For DeepSpeed, where there are tensor ranks and no pipeline (whose grid is made by DeepSpeed itself)."""
 
@@ -122,7 +126,8 @@ class World:
 
     def close(self) -> None:
         """Leave all groups; only after success: to leave one whose peers have failed can take as long as they."""
-        own = {id(group): group for group in (self.tensor, self.data, self.stages, self.ends, self.peers, self.wide)}
+        groups = (self.tensor, self.data, self.stages, self.ends, self.peers, self.wide, self.exchange)
+        own = {id(group): group for group in groups}
         for group in own.values():
             # The silo's own group is torch's default one, which ends last.
             if group is not self.silo:
@@ -150,11 +155,12 @@ def start_world(
     timeout_seconds: float,
     meeting: Meeting | None = None,
     backend: FederationBackend = "gloo",
+    overlaps: bool = False,
 ) -> World:
     """Build the groups; `FederationError` where the other ranks do not come within the timeout.
 
     `layout` is the whole federation's; with a `meeting` this launch's ranks are one silo of it. `backend` is what silos
-    talk over: gloo (and NCCL between GPUs) or mpi.
+    talk over: gloo (and NCCL between GPUs) or mpi. `overlaps`: the body is exchanged while the other groups are in use.
     """
     rank = launch.rank + (layout.offset(meeting.silo) if meeting is not None else 0)
     place = layout.coordinate(rank)
@@ -174,6 +180,8 @@ def start_world(
             # Between sites gloo alone, whatever the ranks compute on: NCCL waits on the GPU for a peer that is gone.
             between = replace(between, store=meeting.store, device=torch.device("cpu"))
         groups = _silo_groups(join, layout, place) | _federation_groups(between, layout, place)
+        apart = replace(between, ledger=Ledger()) if overlaps else None
+        groups["exchange"] = _exchange_group(groups, apart, layout, place)
         mpu = ModelParallelUnit.create(shape) if shape.tensor > 1 and shape.pipe == 1 else None
     except (RuntimeError, dist.DistError) as error:
         first = str(error).strip().splitlines()[0]
@@ -190,7 +198,16 @@ def start_world(
         MASTER_PORT=str(launch.port),
     )
     return World(
-        launch, layout, place, device, ledger, store, meeting.store if meeting is not None else None, mpu=mpu, **groups
+        launch,
+        layout,
+        place,
+        device,
+        ledger,
+        store,
+        meeting.store if meeting is not None else None,
+        mpu=mpu,
+        exchange_ledger=ledger if apart is None else apart.ledger,
+        **groups,
     )
 
 
@@ -261,6 +278,19 @@ def _federation_groups(join: _Joining, layout: Layout, place: Coordinate) -> dic
         members |= {"wide": tuple(range(layout.world_size)), "row_owners": layout.embedding_ranks()}
     silo = layout.members(place.silo)
     return {name: join(f"federation-{name}", "federation", ranks, silo) for name, ranks in members.items()}
+
+
+def _exchange_group(
+    groups: dict[str, Communicator], apart: _Joining | None, layout: Layout, place: Coordinate
+) -> Communicator:
+    """The ranks that exchange the body; `apart`: in a group of their own.
+
+    A thread in the background then has it to itself: two threads that used one group would mix up their collectives.
+    """
+    between = groups["peers" if layout.equal else "wide"]
+    if apart is None:
+        return between
+    return apart("federation-exchange", "federation", between.members, layout.members(place.silo))
 
 
 def _device(launch: Launch) -> torch.device:

@@ -27,6 +27,16 @@ class Job(threading.Thread):
         except Exception as error:
             self._error = error
 
+    def outcome(self) -> Any:
+        """Wait for the work and return what it returned; an error in it is raised here, as if the caller had made it.
+
+        Signals are handled meanwhile.
+        """
+        self.join()
+        if self._error is not None:
+            raise self._error
+        return self.result
+
     @property
     def fault(self) -> str | None:
         """What the network made of ended work; any other error is raised."""

@@ -18,16 +18,19 @@ Handed = tuple[Tensor, Tensor | None]
 
 
 class Exchange(Protocol):
-    """This rank's partition of the global body, the round's summed delta, and the outer optimizer's state.
+    """This rank's partition of the global body, the round's summed delta, and the outer optimizer's state."""
 
-    `value`: fp32 [n], the body as it stood when the round began. `delta`: fp32, its first n elements are the sum of
-    (value - local) over the sources this silo has trained in the round. `momentum`: fp32 of this rank's share, of the
-    whole partition where everyone keeps it, or None.
-    """
+    @property
+    def value(self) -> Tensor:
+        """fp32 [n], the body as it stood when the round began."""
 
-    value: Tensor
-    delta: Tensor
-    momentum: Tensor | None
+    @property
+    def delta(self) -> Tensor:
+        """fp32; its first n elements are the sum of (value - local) over the sources this silo has trained."""
+
+    @property
+    def momentum(self) -> Tensor | None:
+        """fp32 of this rank's share, of the whole partition where everyone keeps it, or None."""
 
     @property
     def round_bytes(self) -> int:

@@ -7,6 +7,7 @@ from megatron_dept.engine.world import World
 from megatron_dept.federation.body_exchange import BodyExchange
 from megatron_dept.federation.exchange import Exchange
 from megatron_dept.federation.named_exchange import NamedBodyExchange
+from megatron_dept.federation.overlapped_exchange import OverlappedExchange
 from megatron_dept.models.parts import BodyPart
 from megatron_dept.models.pipeline import stage_layers
 
@@ -19,12 +20,17 @@ def body_part(config: RunConfig, world: World, vocabulary: int) -> BodyPart:
     return BodyPart(world.tensor, sequence_parallel, layers, final_norm=world.last_stage)
 
 
-def build_exchange(world: World, engine: SiloEngine, rule: OuterRule) -> Exchange:
-    """Among peers where silos are equal, else by named slices among all ranks.
+def build_exchange(world: World, engine: SiloEngine, rule: OuterRule, overlaps: bool = False) -> Exchange:
+    """Among peers where silos are equal, else by named slices among all ranks; collective.
 
-    Silos that are launches of their own may be lost: each keeps the whole of what the outer step needs.
+    Silos that are launches of their own may be lost: each keeps the whole of what the outer step needs. `overlaps`: it
+    runs while the next round trains, over a group of its own (see `start_world`).
     """
-    shards, silo = engine.shards, world.place.silo
+    shards, silo, among = engine.shards, world.place.silo, world.exchange
+    exchange: Exchange
     if world.layout.equal:
-        return BodyExchange(world.peers, shards.read(), rule, world.separate)
-    return NamedBodyExchange(world.wide, shards.read(), shards.segments, engine.body_shapes, rule, silo, world.separate)
+        exchange = BodyExchange(among, shards.read(), rule, world.separate)
+    else:
+        shapes = engine.body_shapes
+        exchange = NamedBodyExchange(among, shards.read(), shards.segments, shapes, rule, silo, world.separate)
+    return OverlappedExchange(exchange, world.exchange_ledger) if overlaps else exchange

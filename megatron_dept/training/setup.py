@@ -63,6 +63,7 @@ def run(config: RunConfig, launch: Launch) -> bool:
     plan = build_plan(config, launch.world_size, sources) if launch.rank == 0 else None
     set_threads(config, launch)
     joined: ElasticJoin | None = None
+    overlaps = config.dept.outer.overlap > 0
     if config.federation.on_silo_loss == "continue":
         round = resume_from.manifest["progress"]["round"] if resume_from is not None else 0
         joined = join_elastic(config, launch, own.shapes[0], sources, round)
@@ -71,9 +72,10 @@ def run(config: RunConfig, launch: Launch) -> bool:
     elif config.federation.separate:
         layout, meeting, common = join_federation(config, launch, own.shapes[0], sources)
         resume_from = resume_point(config, sources, common) if common is not None else None
-        world = start_world(launch, layout, config.training.timeout_seconds, meeting)
+        world = start_world(launch, layout, config.training.timeout_seconds, meeting, overlaps=overlaps)
     else:
-        world = start_world(launch, own, config.training.timeout_seconds, backend=config.federation.backend)
+        backend = config.federation.backend
+        world = start_world(launch, own, config.training.timeout_seconds, backend=backend, overlaps=overlaps)
     watch = FailureWatch(world.shared_store, _roster(config, world, joined))
     with _failures_told(config, watch):
         trainer = build_trainer(config, world, sources, start_from, resume_from, joined, watch)
@@ -163,7 +165,7 @@ def build_trainer(
     if joined is not None:
         exchange = own_exchange(world, joined, engine, rule)
     elif variant.averages_body:
-        exchange = build_exchange(world, engine, rule)
+        exchange = build_exchange(world, engine, rule, overlaps=outer.overlap > 0)
     store = SourceStore(config.run_dir / "store")
     broker = EmbeddingBroker(config, world, store, sources.vocab_size, rule)
     state = RunState(config, world, sources, engine, exchange, broker, store)
