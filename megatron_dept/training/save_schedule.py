@@ -1,6 +1,6 @@
-"""When checkpoints are due: pure functions of the configuration that every rank evaluates alike."""
+"""When checkpoints and validations are due: pure functions of the configuration that every rank evaluates alike."""
 
-from megatron_dept.config.schema import CheckpointConfig
+from megatron_dept.config.schema import CheckpointConfig, EvaluationConfig, RunConfig
 
 
 def save_steps(checkpoint: CheckpointConfig, round: int, n_local: int, first_common: int) -> set[int]:
@@ -21,3 +21,17 @@ def is_due_after(checkpoint: CheckpointConfig, round: int, n_local: int) -> bool
     if checkpoint.save_interval_unit == "rounds":
         return (round + 1) % checkpoint.save_interval == 0
     return (round + 1) * n_local % checkpoint.save_interval == 0
+
+
+def validates(evaluation: EvaluationConfig, round: int) -> bool:
+    """Whether all sources are validated at the end of `round`."""
+    return bool(evaluation.interval_rounds) and (round + 1) % evaluation.interval_rounds == 0
+
+
+def waiting_rounds(config: RunConfig) -> int:
+    """Rounds of the run whose exchange is waited for as they end, overlap or not: a save or a validation needs it."""
+    rounds, n_local = config.dept.rounds, config.dept.n_local
+    return sum(
+        round == rounds - 1 or validates(config.evaluation, round) or is_due_after(config.checkpoint, round, n_local)
+        for round in range(rounds)
+    )

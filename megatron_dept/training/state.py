@@ -2,6 +2,7 @@
 
 At a round's boundary: the global body and its outer optimizer, the row tables, the source store, cursors. In the middle
 of one also, per source under way, its local body, embedding and inner optimizer state, and the deltas summed so far.
+Under outer.overlap, whose last exchange is waited for, also the body that it, and the local phases, began with.
 """
 
 import zlib
@@ -23,6 +24,7 @@ from megatron_dept.engine.embedding_owner import EmbeddingOwner
 from megatron_dept.engine.silo_engine import SiloEngine
 from megatron_dept.engine.world import World
 from megatron_dept.federation.exchange import Exchange
+from megatron_dept.federation.overlapped_exchange import OverlappedExchange
 from megatron_dept.training.embeddings import (
     EmbeddingBroker,
     embedding_tensors,
@@ -75,6 +77,8 @@ class RunState:
             tensors |= cut_by_name("body", self._engine.shards.read(), segments)
         else:
             tensors |= self._outer_tensors(self._exchange, segments, progress.mid_round)
+        if self._keeps_start(progress):
+            tensors |= self._start_tensors(segments)
         if flight is not None:
             tensors |= self._flight_tensors(*flight)
         if self._world.is_writer:
@@ -118,6 +122,11 @@ class RunState:
         shards.write(body)
         if self._exchange is not None:
             self._load_outer(self._exchange, index, body, shards.segments, progress.mid_round)
+        if isinstance(self._exchange, OverlappedExchange):
+            if self._keeps_start(progress):
+                index.fill(self._exchange.start, "start", shards.segments)
+            else:
+                self._exchange.start.copy_(body)
         self._broker.load(index, progress.mid_round)
         if self._world.is_writer:
             self._store.restore(checkpoint.directory, checkpoint.manifest["files"])
@@ -170,6 +179,23 @@ class RunState:
         for silo in saved:
             if silo % self._world.layout.silos == self._world.place.silo:
                 exchange.delta.add_(index.fill(torch.zeros_like(exchange.delta), f"delta/{silo}", segments))
+
+    def _keeps_start(self, progress: RunProgress) -> bool:
+        """Whether local phases to come begin with another body than the newest: the first round's do not."""
+        return isinstance(self._exchange, OverlappedExchange) and 0 < progress.round < self._config.dept.rounds
+
+    def _start_tensors(self, segments: list[Segment]) -> dict[str, Tensor]:
+        """This rank's part of the body that local phases begin with; equal silos hold the same and share the work."""
+        assert isinstance(self._exchange, OverlappedExchange)
+        start, world = self._exchange.start, self._world
+        if world.separate:
+            return cut_by_name("start", start, segments)
+        if not world.layout.equal:
+            return cut_by_name("start", start, segments) if world.place.silo == 0 else {}
+        share = -(-len(start) // world.layout.silos)
+        own = slice(world.place.silo * share, (world.place.silo + 1) * share)
+        pieces = [piece for segment in segments if (piece := segment.within(own)) is not None]
+        return cut_by_name("start", start[own], pieces)
 
     def _flight_tensors(self, name: str, owner: EmbeddingOwner | None) -> dict[str, Tensor]:
         shards, prefix, world = self._engine.shards, f"flight/{name}", self._world

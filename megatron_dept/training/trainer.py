@@ -4,6 +4,9 @@
 
 Every silo joins every collective in the same order, idle or not. Inside a slot silos run free; they meet where `_meet`
 is called: at the slot's end, at a checkpoint within it, and as soon as one of them is asked to stop.
+
+Under outer.overlap a round's body exchange runs on in the background of the next one: local phases begin with the body
+before it, add what it made of that after so many steps, and the round is written down when it is done.
 """
 
 import time
@@ -21,19 +24,20 @@ from megatron_dept.dept.variants import VARIANTS
 from megatron_dept.engine.silo_engine import SiloEngine
 from megatron_dept.engine.world import World
 from megatron_dept.federation.exchange import Exchange
+from megatron_dept.federation.overlapped_exchange import OverlappedExchange
 from megatron_dept.training.body_hash import agree_on_body
 from megatron_dept.training.elastic import Elastic
 from megatron_dept.training.embeddings import EmbeddingBroker
 from megatron_dept.training.inner_state import InnerState
 from megatron_dept.training.local_phase import LocalPhase
-from megatron_dept.training.metrics import LedgerFile, Metrics, Pace
+from megatron_dept.training.metrics import Metrics, Pace
 from megatron_dept.training.progress_state import Flight, RunProgress
-from megatron_dept.training.save_schedule import is_due_after, save_steps
+from megatron_dept.training.round_books import EndedRound, RoundBooks
+from megatron_dept.training.save_schedule import is_due_after, save_steps, validates, waiting_rounds
 from megatron_dept.training.signals import StopRequest
 from megatron_dept.training.sources import Source, SourceSet
 from megatron_dept.training.state import RunState
 from megatron_dept.training.step_report import StepReporter
-from megatron_dept.training.traffic_plan import TrafficPlan
 from megatron_dept.training.validation import Validation, report_scores
 from megatron_dept.training.watch import FailureWatch
 
@@ -85,13 +89,9 @@ class Trainer:
         self._validation = (
             Validation(config, world, sources, engine, broker) if config.evaluation.interval_rounds else None
         )
-        body_bytes: list[Any] = world.gather_all(0 if exchange is None or elastic else exchange.round_bytes)
-        if world.separate:
-            own = sum(body_bytes[rank] for rank in world.silo_ranks)
-            self._traffic = TrafficPlan(config, world.layout, sources, own, world.place.silo)
-        else:
-            self._traffic = TrafficPlan(config, world.layout, sources, sum(body_bytes))
-        self._ledger_file = LedgerFile(config.run_dir / "ledger.json", progress.round) if world.is_writer else None
+        self._overlapped = exchange if isinstance(exchange, OverlappedExchange) else None
+        self._ended: EndedRound | None = None
+        self._books = RoundBooks(config, world, sources, exchange, metrics, elastic, progress.round)
         self._reporter = StepReporter(config, world, engine, metrics, Pace(self._steps_left()))
         self._saved_at = (progress.round, progress.total_steps)
 
@@ -100,6 +100,15 @@ class Trainer:
         with self._watch.phase("meeting"):
             if self._elastic is not None and not self._elastic.begin(self.progress):
                 return False
+        if (
+            self._overlapped is not None
+            and self._world.is_writer
+            and waiting_rounds(self._config) == self._config.dept.rounds
+        ):
+            self._metrics.warn(
+                "dept.outer.overlap hides nothing: every round ends with a save or a validation, which waits for its "
+                "exchange; set checkpoint.save_interval and evaluation.interval_rounds to more than 1"
+            )
         with self._watch.phase("round"):
             while self.progress.round < self._config.dept.rounds:
                 if not self._round():
@@ -126,16 +135,11 @@ class Trainer:
         if entry is None:
             return False
         number = self.progress.round - 1
-        if self._validation is not None and self._validates(number):
-            with self._watch.phase("validation"):
-                report_scores(
-                    self._validation.run(),
-                    self._metrics,
-                    self._engine,
-                    number,
-                    self.progress.round * self._config.dept.n_local,
-                )
-        self._close_round(number, sampled, entry | {"seconds": time.perf_counter() - began})
+        if self._validation is not None and validates(self._config.evaluation, number):
+            self._validate(self._validation, number)
+        self._ended = self._books.end(self.progress, sampled, entry | {"seconds": time.perf_counter() - began})
+        if self._overlapped is None:
+            self._write_down_round()
         if is_due_after(self._config.checkpoint, number, self._config.dept.n_local):
             self._save(None)
         return True
@@ -169,7 +173,9 @@ class Trainer:
     def _begin_phase(self, name: str | None) -> LocalPhase:
         source = self._sources[name] if name is not None else None
         flight = self.progress.flights.get(name) if name is not None else None
-        if self._exchange is not None and not self._body_is_global:
+        if self._overlapped is not None:
+            self._engine.shards.write(self._overlapped.start)
+        elif self._exchange is not None and not self._body_is_global:
             self._engine.shards.write(self._exchange.value)
         self._body_is_global = False
         vocabulary = source.vocabulary if source is not None else None
@@ -194,6 +200,8 @@ class Trainer:
             else:
                 local.stop = self._stop.asked
             local.step += 1
+            if local.step == self._config.dept.outer.overlap:
+                self._apply_update(local)
             if local.step in saves and not local.stop:
                 if self._meet(local):
                     self._save(local)
@@ -204,6 +212,14 @@ class Trainer:
             self._save(local)
             return False
         return True
+
+    def _apply_update(self, local: LocalPhase) -> None:
+        """Add to the body in training what the last round's exchange has made of the one that it began with."""
+        if self._overlapped is None or local.source is None or not self.progress.round:
+            return
+        with self._watch.phase("exchange"):
+            self._engine.shards.write(self._overlapped.updated(self._engine.shards.read()))
+        self._reporter.start_phase()
 
     def _silo_is_asked(self) -> bool:
         """Whether any rank of this silo was asked to stop: none may begin a step that another leaves out."""
@@ -294,12 +310,18 @@ class Trainer:
 
         None where the silo was asked to stop while it waited for others.
         """
+        # The round before is over everywhere by now, and so is its exchange.
+        self._write_down_round()
         began = time.perf_counter()
         entry: dict[str, object] = {"sources": list(sampled), "dropped": list(self.progress.dropped)}
-        if self._exchange is not None:
+        contributed = len(sampled) - len(self.progress.dropped)
+        if self._overlapped is not None:
+            self._overlapped.finish(contributed)
+            self._broker.end_round()
+        elif self._exchange is not None:
             before = self._exchange.value.clone()
             if self._elastic is None:
-                self._exchange.finish(len(sampled) - len(self.progress.dropped))
+                self._exchange.finish(contributed)
                 self._broker.end_round()
             elif (told := self._elastic.end_round(self.progress)) is not None:
                 entry = told
@@ -307,55 +329,44 @@ class Trainer:
                 return None
             self._engine.shards.write(self._exchange.value)
             self._body_is_global = True
-            moved = before.sub_(self._exchange.value)
-            entry["delta_norm"] = self._world.root_of_sum(primary_square(moved, self._engine.shards.segments))
+            entry["delta_norm"] = self._distance(before, self._exchange.value)
         if self._elastic is None:
-            value = self._engine.shards.read() if self._exchange is None else self._exchange.value
-            entry["body_hash"] = agree_on_body(self._world, self._engine, value, self.progress.round)
+            if self._overlapped is None:
+                value = self._engine.shards.read() if self._exchange is None else self._exchange.value
+                entry["body_hash"] = agree_on_body(self._world, self._engine, value, self.progress.round)
             self.progress.end_round()
         # The store's files of this round are written before anyone reads them in the next.
         self._world.barrier()
         return entry | {"exchange_seconds": time.perf_counter() - began}
 
-    def _close_round(self, number: int, sampled: tuple[str, ...], entry: dict[str, object]) -> None:
-        batch_tokens = self._config.training.global_batch_size * self._config.model.seq_length
-        self._metrics.write(
-            "round",
-            round=number,
-            step=self.progress.round * self._config.dept.n_local,
-            total_tokens=self.progress.total_steps * batch_tokens,
-            **entry,
-        )
-        self._account()
-        predicted = self._predicted(sampled, number)
-        if self._ledger_file is not None:
-            self._ledger_file.add(number, self.progress.traffic, predicted, self.progress.total_steps)
-        self.progress.traffic = {}
+    def _distance(self, before: Tensor, after: Tensor) -> float:
+        """L2 norm of the difference of two global bodies, fp32 [n] each of this rank's partition; collective."""
+        return self._world.root_of_sum(primary_square(before - after, self._engine.shards.segments))
 
-    def _predicted(self, sampled: tuple[str, ...], number: int) -> dict[str, int]:
-        """What the round was to send, by kind; collective where silos are launches of their own."""
-        # What sources sent that have left the run in the middle of the round, nobody can foretell.
-        here = [name for name in sampled if name in self._sources.trained]
-        predicted = self._traffic.round_bytes(here) if self._exchange is not None else {}
-        if self._elastic is not None:
-            predicted = {kind: sent + self._elastic.told_bytes.get(kind, 0) for kind, sent in predicted.items()}
-        if self._validates(number):
-            predicted["evaluation"] = self._traffic.evaluation_bytes()
-        if not self._world.separate:
-            return predicted
-        told: list[Any] = self._world.gather_all(predicted if self._world.leads_silo else {})
-        return {kind: sum(of.get(kind, 0) for of in told) for kind in predicted}
+    def _write_down_round(self) -> None:
+        """Write down the last round, if it is not yet; waits for its exchange. Collective."""
+        ended, self._ended = self._ended, None
+        if ended is None:
+            return
+        overlapped = self._overlapped
+        if overlapped is not None:
+            with self._watch.phase("exchange"):
+                value = overlapped.value
+                began = time.perf_counter()
+                ended.entry["delta_norm"] = self._distance(overlapped.start, value)
+                ended.entry["body_hash"] = agree_on_body(self._world, self._engine, value, ended.number)
+                ended.entry["exchange_seconds"] += overlapped.waited + time.perf_counter() - began
+                ended.entry["body_exchange_seconds"] = overlapped.whole
+        self._books.write(ended)
 
-    def _account(self) -> None:
-        """Add what all ranks have sent since the last time to the round's traffic; collective."""
-        counts: list[Any] = self._world.gather_all(self._world.ledger.take())
-        for of_rank in counts:
-            for key, sent in of_rank.items():
-                self.progress.traffic[key] = self.progress.traffic.get(key, 0) + sent
-
-    def _validates(self, number: int) -> bool:
-        interval = self._config.evaluation.interval_rounds
-        return bool(interval) and (number + 1) % interval == 0
+    def _validate(self, validation: Validation, number: int) -> None:
+        """Score all sources with the body as round `number` has made it."""
+        if self._overlapped is not None:
+            with self._watch.phase("exchange"):
+                self._engine.shards.write(self._overlapped.value)
+        with self._watch.phase("validation"):
+            step = self.progress.round * self._config.dept.n_local
+            report_scores(validation.run(), self._metrics, self._engine, number, step)
 
     def _save(self, local: LocalPhase | None) -> None:
         flight = None
@@ -365,8 +376,9 @@ class Trainer:
             flight = (self._sources.trained[0], self._broker.resident)
         elif local is not None and local.name is not None:
             flight = (local.name, local.owner)
+        self._write_down_round()
         # What a round has sent so far goes on with it.
-        self._account()
+        self._books.account(self.progress.traffic)
         with self._watch.phase("save"):
             path = self._state.save(self.progress, flight, self._active)
         self._saved_at = (self.progress.round, self.progress.total_steps)
