@@ -136,6 +136,28 @@ class CheckpointConfig(Section):
     keep_last: int = Field(2, gt=0)
 
 
+class EmbeddingConfig(Section):
+    """Where shared embedding rows are kept between rounds, and how they travel."""
+
+    row_table: Literal["host", "disk"] = Field(
+        "host", description="a rank's share of the shared tables: in memory (pinned beside a GPU), or in mapped files"
+    )
+    directory: Path | None = Field(
+        None, description="row_table disk: where the mapped files lie, best a node's own disk; default: run_dir/tables"
+    )
+    wire: Literal["fp32", "bf16"] = Field(
+        "fp32", description="precision of shared rows and their deltas on their way; tables, sums and steps stay fp32"
+    )
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.directory is not None and self.row_table != "disk":
+            raise ValueError(
+                f"embedding.directory {self.directory} needs embedding.row_table disk; set it, or remove the directory"
+            )
+        return self
+
+
 class EvaluationConfig(Section):
     """Validation during training, on every source's held-out split."""
 
@@ -170,6 +192,7 @@ class RunConfig(Section):
     training: TrainingConfig = TrainingConfig()
     adapt: AdaptConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
+    embedding: EmbeddingConfig = EmbeddingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
 

@@ -15,7 +15,7 @@ from megatron_dept.federation.membership import Membership, NextRound
 from megatron_dept.federation.rendezvous import Rendezvous
 from megatron_dept.topology.launch import Launch
 from megatron_dept.topology.layout import Layout, SiloShape
-from megatron_dept.training.resume import SHARED, SHARED_DEPT, SHARED_TRAINING
+from megatron_dept.training.resume import SHARED, SHARED_DEPT, SHARED_EMBEDDING, SHARED_TRAINING
 from megatron_dept.training.sources import SourceCard, SourceSet
 
 LONGEST_SILENCE_SECONDS = 30.0
@@ -174,6 +174,7 @@ def _charter(config: RunConfig) -> dict[str, Any]:
         ("", SHARED),
         ("dept", SHARED_DEPT),
         ("training", SHARED_TRAINING),
+        ("embedding", SHARED_EMBEDDING),
         ("federation", SHARED_FEDERATION),
         ("checkpoint", SHARED_CHECKPOINT),
         ("dept", SHARED_STEPS),

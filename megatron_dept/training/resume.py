@@ -14,6 +14,7 @@ from megatron_dept.training.sources import SourceSet
 SHARED = ("seed", "phase", "model", "optimizer", "adapt")
 SHARED_DEPT = ("variant", "rounds", "n_local", "sources_per_round", "inner_state", "outer", "std_tau")
 SHARED_TRAINING = ("global_batch_size", "precision")
+SHARED_EMBEDDING = ("wire",)
 
 
 def resume_point(config: RunConfig, sources: SourceSet, name: str | None = None) -> Checkpoint | None:
@@ -55,7 +56,14 @@ def _differences(
     if changes:
         # With fewer sources there may be too few for it; the round under way keeps its sample.
         then = {**then, "dept": {**then["dept"], "sources_per_round": config.dept.sources_per_round}}
-    for prefix, fields in (("", SHARED), ("dept", SHARED_DEPT), ("training", SHARED_TRAINING)):
+    # An earlier release had rows travel in fp32 alone, and no section embedding.
+    then = {"embedding": {"wire": "fp32"}, **then}
+    for prefix, fields in (
+        ("", SHARED),
+        ("dept", SHARED_DEPT),
+        ("training", SHARED_TRAINING),
+        ("embedding", SHARED_EMBEDDING),
+    ):
         before, after = (then[prefix], now[prefix]) if prefix else (then, now)
         for field in fields:
             yield from _leaves(f"{prefix}.{field}" if prefix else field, before.get(field), after.get(field))
