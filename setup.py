@@ -2,20 +2,26 @@
 
 Native code is one function here for each library, listed in `extensions`:
 - index builders: pybind11, numpy-facing, no torch; needed on every machine.
-- (room for) the kernels of csrc on torch's stable ABI: one library for CPU and CUDA, its .cu files compiled by nvcc
-  where there is one. They need torch at build time, which is why the package is installed with --no-build-isolation.
+- kernels: torch's stable ABI of 2.11, so that one file serves every later torch and Python, for CPU and CUDA. They need
+  torch's headers at build time, which is why the package is installed with --no-build-isolation. The CUDA half is
+  compiled where torch is a CUDA build, or where MEGATRON_DEPT_CUDA=1 asks for it (0: not even there), and needs nvcc.
 
 Install: put the torch you want in place first, then `pip install --no-build-isolation -e .`, which keeps it. Apex is
 not on the index; its fused layers are used where it is installed (see its own instructions) and never required.
 """
 
+import importlib.util
 import re
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).parent
+KERNELS = "megatron_dept.ops._kernels"
+OLDEST_TORCH = "0x020b000000000000"  # 2.11
 
 
 def version() -> str:
@@ -38,11 +44,67 @@ def index_builders() -> list[Extension]:
     ]
 
 
+def kernels() -> list[Extension]:
+    """`megatron_dept.ops._kernels`: no Python module, but operators that torch loads; the CPU half."""
+    found = importlib.util.find_spec("torch")
+    if found is None or not found.submodule_search_locations:
+        raise RuntimeError("torch is not installed; install it first, then: pip install --no-build-isolation -e .")
+    torch = Path(found.submodule_search_locations[0])
+    sources = ROOT / "csrc" / "kernels"
+    return [
+        Extension(
+            KERNELS,
+            [
+                str(path.relative_to(ROOT))
+                for room in ("cpu", "bind")
+                for path in sorted((sources / room).glob("*.cpp"))
+            ],
+            include_dirs=[str(sources)],
+            depends=["setup.py", *(str(path.relative_to(ROOT)) for path in sorted(sources.rglob("*.h")))],
+            define_macros=[("TORCH_TARGET_VERSION", OLDEST_TORCH)],
+            # Every multiplication and addition is rounded by itself: no -ffast-math, no contraction to fused ones.
+            extra_compile_args=[
+                *("-std=c++17", "-O3", "-g0", "-Wall", "-Wextra", "-isystem", str(torch / "include")),
+                *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"),
+            ],
+            library_dirs=[str(torch / "lib")],
+            libraries=["torch_cpu"],
+            py_limited_api=True,
+        )
+    ]
+
+
+class BuildNative(build_ext):
+    """Adds the CUDA half of the kernels, where it is wanted and nvcc is there."""
+
+    def build_extension(self, extension: Extension) -> None:
+        if extension.name == KERNELS:
+            self.add_cuda(extension)
+        super().build_extension(extension)
+
+    def add_cuda(self, extension: Extension) -> None:
+        """Compile `csrc/kernels/cuda` into objects of `extension`; says so where they are wanted and cannot be."""
+        sources = ROOT / "csrc" / "kernels" / "cuda"
+        compiler = SimpleNamespace(**runpy.run_path(str(sources / "compile.py")))
+        torch = Path(extension.library_dirs[0]).parent
+        if not compiler.wanted(runpy.run_path(str(torch / "version.py"))["cuda"]):
+            return
+        if compiler.nvcc() is None:
+            print("nvcc was not found: the kernels are built for the CPU alone; on a GPU the plain torch ones will run")
+            return
+        objects, link = compiler.objects(sources, Path(self.build_temp).absolute())
+        if objects:
+            extension.extra_objects = [*extension.extra_objects, *objects]
+            extension.extra_link_args = [*extension.extra_link_args, *link]
+            extension.define_macros = [*extension.define_macros, ("MDEPT_WITH_CUDA", "1")]
+
+
 def extensions() -> list[Extension]:
     """Every native library of the package."""
-    return [*index_builders()]
+    return [*index_builders(), *kernels()]
 
 
+ParallelCompile().install()
 readme = ROOT / "README.md"
 setup(
     name="megatron_dept",
@@ -54,7 +116,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_dept", "megatron_dept.*"]),
     ext_modules=extensions(),
-    cmdclass={"build_ext": build_ext},
+    cmdclass={"build_ext": BuildNative},
     zip_safe=False,
     install_requires=[
         "torch>=2.11",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_dept.ops import reference
 from megatron_dept.ops.arguments import LOW_PRECISION, expect
+from megatron_dept.ops.native import native_kernels
 
 Wire = Literal["fp32", "bf16", "int8"]
 WIRES: tuple[str, ...] = get_args(Wire)
@@ -50,14 +51,20 @@ def body_pack(
     _expect_elements(value, local=local, carried=carried, residual=residual)
     _expect_residual("residual", residual, wire)
     _expect_bytes("out", out, (size,), wire, value.device)
-    reference.body_pack(value, local, carried, residual, wire, out)
+    if native_kernels(value.device.type):
+        torch.ops.megatron_dept.body_pack(value, local, carried, residual, WIRES.index(wire), out)
+    else:
+        reference.body_pack(value, local, carried, residual, wire, out)
 
 
 def body_mean(received: Tensor, sources: int, wire: Wire, out: Tensor) -> None:
     """out (fp32 [n]) = the sum of what S silos sent (uint8 [S, wire_bytes]) / sources: fp32, in silo order."""
     _expect_elements(out, "out")
     _expect_received(received, sources, out, wire)
-    reference.body_mean(received, sources, wire, out)
+    if native_kernels(out.device.type):
+        torch.ops.megatron_dept.body_mean(received, sources, WIRES.index(wire), out)
+    else:
+        reference.body_mean(received, sources, wire, out)
 
 
 def body_unpack(
@@ -81,7 +88,12 @@ def body_unpack(
     _expect_residual("back_residual", back_residual, wire)
     _expect_received(received, sources, value, wire)
     _expect_bytes("back", back, (wire_bytes(value.numel(), wire),), wire, value.device)
-    reference.body_unpack(received, sources, value, momentum, learning_rate, mu, wire, back, back_residual)
+    if native_kernels(value.device.type):
+        torch.ops.megatron_dept.body_unpack(
+            received, sources, value, momentum, learning_rate, mu, WIRES.index(wire), back, back_residual
+        )
+    else:
+        reference.body_unpack(received, sources, value, momentum, learning_rate, mu, wire, back, back_residual)
 
 
 def body_apply(
@@ -92,7 +104,10 @@ def body_apply(
     if low is not None:
         expect("low", low, LOW_PRECISION, value.shape, value.device)
     _expect_bytes("back", back, (wire_bytes(value.numel(), wire),), wire, value.device)
-    reference.body_apply(back, value, wire, master, low)
+    if native_kernels(value.device.type):
+        torch.ops.megatron_dept.body_apply(back, value, WIRES.index(wire), master, low)
+    else:
+        reference.body_apply(back, value, wire, master, low)
 
 
 def _expect_elements(value: Tensor, name: str = "value", **others: Tensor | None) -> None:
@@ -118,5 +133,6 @@ def _expect_received(received: Tensor, sources: int, value: Tensor, wire: Wire) 
 def _expect_bytes(name: str, packed: Tensor, shape: tuple[int | None, ...], wire: Wire, device: torch.device) -> None:
     expect(name, packed, torch.uint8, shape, device)
     unit = 2 if wire == "bf16" else 4
-    if packed.data_ptr() % unit:
+    # A traced tensor has no address.
+    if not torch.compiler.is_compiling() and packed.data_ptr() % unit:
         raise ValueError(f"{name} starts at an address that {unit} does not divide")

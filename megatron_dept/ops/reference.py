@@ -94,7 +94,7 @@ def remap_lookup_backward(
     touched, place = local[inside].unique(sorted=True, return_inverse=True)
     # On the CPU, whatever the device: index_add_ takes the occurrences in order there, and in any order on a GPU.
     grad_rows = torch.zeros(len(touched), hidden)
-    grad_rows.index_add_(0, place.cpu(), grad.reshape(-1, hidden)[inside].float().cpu())
+    grad_rows.index_add_(0, place.cpu(), grad.flatten(0, 1)[inside].float().cpu())
     grad_position = None
     if positions:
         grad_position = torch.zeros(positions, hidden, device=device)
@@ -157,6 +157,8 @@ def encode(elements: Tensor, residual: Tensor | None, wire: str, out: Tensor) ->
     A block with an element that is not finite is sent as a scale of NaN: nothing of it arrives as a number.
     """
     n = elements.numel()
+    if not n:
+        return
     if wire == "fp32":
         out.view(torch.float32).copy_(elements)
         return
@@ -166,7 +168,7 @@ def encode(elements: Tensor, residual: Tensor | None, wire: str, out: Tensor) ->
     if residual is not None:
         elements = elements + residual
     blocks = torch.nn.functional.pad(elements, (0, -n % BLOCK)).view(-1, BLOCK)
-    largest = blocks.abs().amax(1) if n else blocks.new_empty(0)
+    largest = blocks.abs().amax(1)
     largest = torch.where(largest.isfinite(), largest, torch.nan)
     scale = divided(largest, LARGEST)
     inverse = torch.where(largest == 0, 0.0, torch.full_like(largest, LARGEST) / largest)
@@ -182,6 +184,8 @@ def encode(elements: Tensor, residual: Tensor | None, wire: str, out: Tensor) ->
 
 def decode(packed: Tensor, wire: str, n: int) -> Tensor:
     """The fp32 [n] that `encode` made `packed` of, as far as the wire could say it."""
+    if not n:
+        return torch.empty(0, device=packed.device)
     if wire == "fp32":
         return packed.view(torch.float32)
     if wire == "bf16":

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_dept.ops import reference
 from megatron_dept.ops.arguments import FLOATS, expect, expect_dtype
+from megatron_dept.ops.native import native_kernels
 
 
 def remap_lookup(
@@ -54,7 +55,22 @@ def remap_lookup_backward(
     if rows < 0 or 0 < positions < ids.shape[1]:
         raise ValueError(f"rows is {rows}, positions {positions} for a sequence of {ids.shape[1]}")
     _expect_known(ids, local_of)
-    return reference.remap_lookup_backward(ids, local_of, grad, rows, start, positions)
+    if not native_kernels(grad.device.type):
+        return reference.remap_lookup_backward(ids, local_of, grad, rows, start, positions)
+    touched, starts, order = _grouped(ids if local_of is None else local_of[ids].long(), rows, start)
+    grad_rows = grad.new_empty(len(touched), grad.shape[2], dtype=torch.float32)
+    grad_position = grad.new_empty(positions, grad.shape[2], dtype=torch.float32) if positions else None
+    torch.ops.megatron_dept.remap_backward(grad, starts, order, grad_rows, grad_position)
+    return touched, grad_rows, grad_position
+
+
+def _grouped(local: Tensor, rows: int, start: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows of the shard that occur, ascending [u]; where each one's occurrences start [u+1]; these, in order)."""
+    shard = local.reshape(-1) - start
+    places = ((shard >= 0) & (shard < rows)).nonzero().squeeze(1)
+    ascending, order = shard[places].sort(stable=True)
+    touched, held = torch.unique_consecutive(ascending, return_counts=True)
+    return touched, torch.cat([held.new_zeros(1), held.cumsum(0)]), places[order]
 
 
 def _expect_ids(ids: Tensor, local_of: Tensor | None, device: torch.device) -> None:
@@ -65,6 +81,8 @@ def _expect_ids(ids: Tensor, local_of: Tensor | None, device: torch.device) -> N
 
 def _expect_known(ids: Tensor, local_of: Tensor | None) -> None:
     """IndexError for an id outside `local_of`: python's indexing would take a negative one from the end."""
+    if torch.compiler.is_compiling():
+        return  # no number can be read while a graph is traced; on the CPU the operator looks itself
     if local_of is not None and ids.numel() and bool(((ids < 0) | (ids >= len(local_of))).any()):
         raise IndexError(f"ids holds an id outside 0..{len(local_of) - 1}, those that local_of maps")
 
@@ -83,7 +101,11 @@ class _Lookup(torch.autograd.Function):
         ctx.save_for_backward(ids, local_of)
         ctx.rows, ctx.start, ctx.positions = len(table), start, 0 if position is None else len(position)
         _expect_known(ids, local_of)
-        return reference.remap_lookup(ids, local_of, table, position, dtype, start)
+        if not native_kernels(table.device.type):
+            return reference.remap_lookup(ids, local_of, table, position, dtype, start)
+        out = table.new_empty(*ids.shape, table.shape[1], dtype=dtype)
+        torch.ops.megatron_dept.remap_lookup(ids, local_of, table, position, start, out)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

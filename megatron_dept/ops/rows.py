@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_dept.ops import reference
 from megatron_dept.ops.arguments import FLOATS, expect, expect_dtype
+from megatron_dept.ops.native import native_kernels
 
 
 def trim_gather(
@@ -24,7 +25,12 @@ def trim_gather(
     expect_dtype("dtype", dtype)
     if out is not None:
         expect("out", out, dtype, (len(ids), table.shape[1]), table.device)
-    return reference.trim_gather(table, ids, first, dtype, out)
+    if not native_kernels(table.device.type):
+        return reference.trim_gather(table, ids, first, dtype, out)
+    if out is None:
+        out = torch.empty(len(ids), table.shape[1], dtype=dtype, device=table.device)
+    torch.ops.megatron_dept.trim_gather(table, ids, first, out)
+    return out
 
 
 def trim_scatter_mean(
@@ -57,7 +63,8 @@ def trim_scatter_mean(
     expect("order", order, torch.int64, (None,), device)
     expect("deltas", deltas, FLOATS, (None, table.shape[1]), device)
     expect("counts", counts, torch.int32, (len(rows),), device)
-    reference.trim_scatter_mean(table, momentum, rows, starts, order, deltas, counts, learning_rate, mu)
+    form = torch.ops.megatron_dept if native_kernels(device.type) else reference
+    form.trim_scatter_mean(table, momentum, rows, starts, order, deltas, counts, learning_rate, mu)
 
 
 def order_by_row(ids: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
