@@ -135,6 +135,34 @@ REFUSED = {
         "checkpoint.keep_last 1 with federation.address: silos that end within a save have only the one before in "
         "common; set checkpoint.keep_last: 2, or more",
     ),
+    "an overlap longer than a round": (
+        {"dept": {"n_local": 4, "outer": {"overlap": 5}}},
+        "dept: outer.overlap 5 exceeds the n_local 4 steps of a round, within which an exchange must end; set it to at "
+        "most 4",
+    ),
+    "an overlap without an exchange": (
+        {"dept": {"variant": "std", "outer": {"overlap": 1}}},
+        "dept: outer.overlap 1: variant std is synchronous and has no exchange between rounds; set outer.overlap: 0",
+    ),
+    "an overlap and silos that vote": (
+        {
+            "dept": {"outer": {"overlap": 1}},
+            "federation": {
+                "address": "here:29400",
+                "silo": 0,
+                "silos": 2,
+                "token_file": "t",
+                "on_silo_loss": "continue",
+            },
+        },
+        "dept.outer.overlap 1 with federation.on_silo_loss continue: the silos vote on a round's step before anyone "
+        "trains on; set dept.outer.overlap: 0, or federation.on_silo_loss: stop",
+    ),
+    "an overlap over MPI": (
+        {"dept": {"outer": {"overlap": 1}}, "federation": {"backend": "mpi"}},
+        "dept.outer.overlap 1 with federation.backend mpi: an MPI library may not let two threads communicate at once; "
+        "set federation.backend: gloo, or dept.outer.overlap: 0",
+    ),
     "a silo out of range": (
         {"federation": {"address": "here:29400", "silo": 2, "silos": 2, "token_file": "t"}},
         "federation: silo 2 is not below silos 2; count from 0",
