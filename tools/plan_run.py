@@ -53,6 +53,12 @@ def build_parser() -> ToolParser:
     parser.add_argument("--global-batch-size", type=positive_int, default=256, help="sequences a silo trains a step")
     parser.add_argument("--loss-chunk-tokens", type=positive_int, default=256)
     parser.add_argument("--n-local", type=positive_int, default=500, help="steps of a round")
+    parser.add_argument(
+        "--overlap",
+        type=non_negative_int,
+        default=0,
+        help="steps of the next round that the body's exchange may run on",
+    )
     parser.add_argument("--outer-momentum", action="store_true", help="plan for an outer optimizer with momentum")
     parser.add_argument("--json", type=Path, help="write every figure here too")
     return parser
@@ -99,6 +105,7 @@ def _cut(options: Namespace, silos: int) -> Cut:
         micro_batch=options.micro_batch_size,
         global_batch=options.global_batch_size,
         loss_chunk_tokens=options.loss_chunk_tokens,
+        overlap=options.overlap,
     )
 
 

@@ -26,6 +26,7 @@ from megatron_dept.training.planning.cut import Cut
 from megatron_dept.training.planning.memory import memory_of_rank
 from megatron_dept.training.planning.steps import bytes_of_step
 from megatron_dept.training.resume import changes_line, resume_point
+from megatron_dept.training.save_schedule import waiting_rounds
 from megatron_dept.training.sources import SourceSet
 from megatron_dept.training.traffic_plan import TrafficPlan, itemised_body_bytes
 
@@ -95,6 +96,8 @@ def print_plan(config: RunConfig, ranks: int) -> None:
         f"sequential steps; {config.training.global_batch_size} sequences x {config.model.seq_length} tokens a silo "
         "and step"
     )
+    if config.dept.outer.overlap:
+        console.print(_overlap_line(config), markup=False)
     if plan["source_changes"] is not None:
         console.print(plan["source_changes"], markup=False)
     if plan["idle_silos"]:
@@ -119,6 +122,15 @@ def _idle_silos(config: RunConfig, layout: Layout) -> int:
     sampled = config.dept.sources_per_round or len(config.sources)
     trained = sampled if config.homes is None else min(sampled, len(set(config.homes.values())))
     return max(0, layout.silos - trained)
+
+
+def _overlap_line(config: RunConfig) -> str:
+    dept = config.dept
+    return (
+        f"the body's exchange of a round may run on in the first {dept.outer.overlap} of the next one's {dept.n_local} "
+        f"steps (dept.outer.overlap); {waiting_rounds(config)} of {dept.rounds} rounds wait for it: the last one, and "
+        "those that end with a save or a validation"
+    )
 
 
 def _idle_line(config: RunConfig, idle: int, silos: int) -> str:
@@ -205,6 +217,7 @@ def _cut(config: RunConfig, layout: Layout, shape: SiloShape) -> Cut:
         optimizer_moments=2 if config.optimizer.optimizer == "adamw" else 0,
         offload_optimizer=config.parallel.offload_optimizer,
         separate=config.federation.separate,
+        overlap=config.dept.outer.overlap,
         all_ranks=None if layout.equal else layout.world_size,
         all_embedding_ranks=None if layout.equal else len(layout.embedding_ranks()),
     )

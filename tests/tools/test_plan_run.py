@@ -9,7 +9,7 @@ import pytest
 from run_plan.cluster import Cluster
 from run_plan.models import MODELS
 from run_plan.plan import Vocabularies, build_plan, fill_silo
-from run_plan.timing import bubble, exchange_time, step_time
+from run_plan.timing import bubble, exchange_time, hidden_time, step_time
 from run_plan.traffic import bytes_of_round, exchange_bytes, leaving_share, synchronous_bytes
 
 from megatron_dept.common.errors import ConfigError
@@ -95,6 +95,8 @@ def test_memory_by_hand():
     with_momentum = memory_of_rank(SMALL, cut, "trim", 97, 100, 0, momentum=True)
     assert with_momentum.outer - found.outer == 4 * 294
     assert with_momentum.row_table == found.row_table * 3 // 2
+    overlapped = memory_of_rank(SMALL, replace(cut, overlap=1), "trim", 97, 100, 0)
+    assert overlapped.outer - found.outer == 4 * 880  # what local phases begin with
     own = memory_of_rank(SMALL, cut, "spec_opt", 97, 100, 0)
     assert own.embedding == (97 + 16) * 8 * (4 * 4 + 2) and own.row_table == 0
     assert memory_of_rank(SMALL, cut, "std", 97, 100, 0).outer == 0
@@ -387,6 +389,17 @@ def test_the_exchange_takes_a_silos_uplink():
     assert exchange_time(SMALL, cut, FAST, "std", 97) == 0
     crossing = step_time(SMALL, cut, FAST, "std", 97).between_silos
     assert crossing == pytest.approx(sum(synchronous_bytes(SMALL, cut, 97).values()) / 1e9, rel=1e-12)
+
+
+def test_an_overlap_hides_the_body_behind_so_many_steps():
+    """Rows are waited for whatever the overlap; two steps of 1 us hide 2 us, any number no more than the body takes."""
+    cut = Cut(4, data=8, global_batch=8, overlap=2)
+    body = exchange_bytes(SMALL, cut, "glob", 97)["body"] / 4 / 1e9
+    assert hidden_time(SMALL, cut, FAST, "glob", 97, 1e-6) == pytest.approx(2e-6, rel=1e-12) and body > 2e-6
+    assert hidden_time(SMALL, cut, FAST, "glob", 97, 1.0) == pytest.approx(body, rel=1e-12)
+    assert body < exchange_time(SMALL, cut, FAST, "glob", 97)
+    assert hidden_time(SMALL, replace(cut, overlap=0), FAST, "glob", 97, 1.0) == 0
+    assert hidden_time(SMALL, cut, FAST, "std", 97, 1.0) == 0
 
 
 def test_a_synchronous_run_spreads_over_all_silos():

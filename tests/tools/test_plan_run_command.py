@@ -89,7 +89,7 @@ MEMORY = {
 CUT = {
     "silos", "pipe", "data", "tensor", "zero_stage", "precision", "sequence_parallel", "activation_checkpointing",
     "micro_batch", "global_batch", "loss_chunk_tokens", "micro_batches", "optimizer_moments", "ranks",
-    "offload_optimizer", "separate", "all_ranks", "all_embedding_ranks",
+    "offload_optimizer", "separate", "overlap", "all_ranks", "all_embedding_ranks",
 }  # fmt: skip
 
 
@@ -99,13 +99,13 @@ def test_the_json_keeps_its_shape(tmp_path):
     flags = ["--tensor", "8", "--pipe", "2", "--sequence-parallel", "--activation-checkpointing", "--outer-momentum"]
     plan_run.main(["--cluster", str(CLUSTERS[1]), "--model", "llama-7b", *flags, "--json", str(output)])
     found = json.loads(output.read_text())
-    assert found["format_version"] == 2 and found["cluster"] == load_cluster(CLUSTERS[1]).model_dump(mode="json")
+    assert found["format_version"] == 3 and found["cluster"] == load_cluster(CLUSTERS[1]).model_dump(mode="json")
     for plan in found["plans"]:
         assert {name: type(value) for name, value in plan.items()} == SCHEMA
         assert set(plan["memory"]) == MEMORY | {"stage"} and set(plan["cut"]) == CUT
         assert [set(stage) for stage in plan["memory_of_stages"]] == [MEMORY] * 2
         assert set(plan["step_seconds"]) == {"arithmetic", "tensor", "bubble", "pipe", "data", "between_silos", "total"}
-        assert set(plan["round_seconds"]) == {"inner_steps", "exchange", "total"}
+        assert set(plan["round_seconds"]) == {"inner_steps", "exchange", "hidden", "total"}
         for flow in plan["bytes_of_round"]:
             assert set(flow) == {"kind", "link", "rank_bytes", "all_bytes", "per_step"}
         assert sum(plan["layers_of_stages"]) == 32 and len(plan["layers_of_stages"]) == 2

@@ -13,6 +13,7 @@ import torch
 from megatron_dept.checkpoint.reader import Checkpoint
 from megatron_dept.config.schema import RunConfig
 from megatron_dept.topology.launch import Launch
+from megatron_dept.training.plan import print_plan
 from tests.support.corpus import Corpus
 from tests.support.distributed import run_ranks
 from tests.support.faults import dies_in_exchange, together
@@ -340,3 +341,14 @@ def test_a_run_that_can_hide_nothing_says_so(corpus: Corpus, tmp_path: Path, int
     (end,) = run_to_end([config], [1], together())
     assert end.code == 0
     assert ("dept.outer.overlap hides nothing" in end.stderr) == bool(interval)
+
+
+def test_a_dry_run_says_what_can_be_hidden(corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of five rounds the third is validated, the second and fourth are saved, and the last has nothing after it."""
+    sections = merged(overlapped(rounds=5)) | {
+        "checkpoint": {"save_interval": 2},
+        "evaluation": {"interval_rounds": 3, "max_tokens": 100},
+    }
+    print_plan(small_config(corpus, tmp_path / "run", **sections), 1)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "may run on in the first 2 of the next one's 3 steps (dept.outer.overlap); 4 of 5 rounds wait" in printed

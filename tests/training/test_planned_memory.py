@@ -37,7 +37,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "data 2 beside pipe 2": (4, {"shapes": [{"data_parallel_size": 2}, {"pipeline_model_parallel_size": 2}]}),
     "2 silos x tensor 2": (4, {"silos": 2, "tensor_model_parallel_size": 2}),
     "2 silos x pipe 2": (4, {"silos": 2, "pipeline_model_parallel_size": 2}),
+    "2 silos, overlapped": (2, {"silos": 2}),
 }
+OVERLAPPED = ["2 silos, overlapped"]
 IN_BF16 = ["one process", "data 2, ZeRO 1", "data 2, ZeRO 3", "ZeRO 2, offload", "2 silos x pipe 2"]
 TRANSIENT = ("gathered", "activations", "logits")
 """Parts that are there in forward or backward alone."""
@@ -65,7 +67,8 @@ def _held(launch: Launch, config: RunConfig) -> tuple[int, int]:
 
     torch.set_num_threads(1)
     before = storages()
-    world = start_world(launch, Layout.cut(config.parallel, launch.world_size), 60)
+    overlaps = config.dept.outer.overlap > 0
+    world = start_world(launch, Layout.cut(config.parallel, launch.world_size), 60, overlaps=overlaps)
     trainer = build_trainer(config, world, SourceSet(config))
     local = trainer._begin_phase(config.sources[0].name)
     assert local.source is not None
@@ -118,7 +121,7 @@ def test_the_plan_is_what_a_run_holds(corpus: Corpus, tmp_path: Any, layout: str
         model={"num_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "seq_length": 16},
         parallel=parallel,
         training={"precision": precision},
-        dept={"variant": "glob", "outer": NESTEROV},
+        dept={"variant": "glob", "outer": {**NESTEROV, "overlap": int(layout in OVERLAPPED)}},
     )
     planned, plan = _planned(config, ranks)
     held = max(held for held, _ in run_ranks(ranks, _held, config))

@@ -19,10 +19,10 @@ from megatron_dept.models.flops import body_parameters
 from megatron_dept.training.planning.cut import Cut, check_cut, layers_of_stages
 from megatron_dept.training.planning.memory import Memory, memory_of_rank
 from run_plan.cluster import Cluster
-from run_plan.timing import bubble, exchange_time, step_time
+from run_plan.timing import bubble, exchange_time, hidden_time, step_time
 from run_plan.traffic import bytes_of_round
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,10 @@ def build_plan(
     STD and ACT train one stream on all silos together: the same tokens a step as all silos of the other variants.
     """
     check_cut(model, cut)
+    if cut.overlap > n_local:
+        raise ConfigError(
+            f"an overlap of {cut.overlap} steps is longer than a round of {n_local}; use at most {n_local}"
+        )
     rows = vocabularies.rows(variant)
     if rows < cut.tensor:
         raise ConfigError(f"{rows} rows of vocabulary leave some of {cut.tensor} tensor ranks without one; use fewer")
@@ -83,10 +87,12 @@ def build_plan(
     heaviest = max(range(cut.pipe), key=lambda stage: memories[stage].device)
     step = step_time(model, cut, cluster, variant, rows)
     exchange = exchange_time(model, cut, cluster, variant, rows)
+    hidden = hidden_time(model, cut, cluster, variant, rows, step.total)
     # The paper's sizes: STD, which the others are compared with, has the whole vocabulary.
     positions = model.seq_length * model.has_position_table
     sizes = Sizes(body_parameters(model), vocabularies.whole, rows, positions, model.hidden_size, n_local)
     inner = n_local * step.total
+    total = inner + exchange - hidden
     return {
         "model": name,
         "variant": variant,
@@ -101,9 +107,9 @@ def build_plan(
         "fits": memories[heaviest].device <= cluster.memory_bytes(),
         "bytes_of_round": [asdict(flow) for flow in bytes_of_round(model, cut, cluster, variant, rows, n_local)],
         "step_seconds": {**asdict(step), "total": step.total},
-        "round_seconds": {"inner_steps": inner, "exchange": exchange, "total": inner + exchange},
-        "busy": inner / (inner + exchange) * (step.arithmetic / step.total),
-        "tokens_per_second": n_local * cut.silos * cut.global_batch * model.seq_length / (inner + exchange),
+        "round_seconds": {"inner_steps": inner, "exchange": exchange, "hidden": hidden, "total": total},
+        "busy": inner / total * (step.arithmetic / step.total),
+        "tokens_per_second": n_local * cut.silos * cut.global_batch * model.seq_length / total,
         "paper": _paper(variant, sizes),
     }
 

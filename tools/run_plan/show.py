@@ -84,10 +84,16 @@ def _time_table(plans: Sequence[dict[str, Any]]) -> Table:
             str(plan["cut"]["silos"]),
             plan["variant"],
             *(f"{value:,.3f}" for value in (step["total"], *parts)),
-            format_seconds(times["exchange"]),
+            _exchange(times),
             format_seconds(times["total"]),
             f"{plan['busy']:.0%}",
             f"{plan['tokens_per_second']:,.0f}",
             f"{plan['paper']['reduction']:,.0f}x",
         )
     return table
+
+
+def _exchange(times: dict[str, float]) -> str:
+    """The exchange's seconds, and how much of them the next round's steps hide."""
+    shown = format_seconds(times["exchange"])
+    return f"{shown}, {times['hidden'] / times['exchange']:.0%} hidden" if times["hidden"] else shown

@@ -71,6 +71,19 @@ def exchange_time(model: ModelConfig, cut: Cut, cluster: Cluster, variant: Varia
     return _seconds_between(cut, cluster, sum(exchange_bytes(model, cut, variant, rows).values()) / cut.silos)
 
 
+def hidden_time(
+    model: ModelConfig, cut: Cut, cluster: Cluster, variant: Variant, rows: int, step_seconds: float
+) -> float:
+    """Of `exchange_time`, what the next round's first `cut.overlap` steps hide: of the body alone, rows are waited for.
+
+    Expected where steps and transfers do not slow each other down, and where the round ends with no save or validation.
+    """
+    if VARIANTS[variant].synchronous:
+        return 0.0
+    body = _seconds_between(cut, cluster, exchange_bytes(model, cut, variant, rows)["body"] / cut.silos)
+    return min(body, cut.overlap * step_seconds)
+
+
 def _seconds_between(cut: Cut, cluster: Cluster, silo_bytes: float) -> float:
     """A silo's uplink is one; InfiniBand between silos is each device's own."""
     if cluster.between_silos == "WAN":

@@ -40,6 +40,8 @@ class Cut:
     """Masters and moments are in host memory."""
     separate: bool = False
     """Silos are launches of their own: each has all rows of shared tables and the whole outer momentum."""
+    overlap: int = 0
+    """Inner steps of the next round during which the body's outer exchange may still run."""
     all_ranks: int | None = None
     """Of all silos, where they are cut differently; else S P D T."""
     all_embedding_ranks: int | None = None

@@ -53,7 +53,8 @@ def memory_of_rank(
       reduction buffer, fp32 and as large as the body up to a limit. gradients: fp32, in which micro-batches are summed,
       x held (0, 1) or x partition (2, 3). masters: 4 x partition under ZeRO. moments: 8 x partition (x held under ZeRO
       0) with AdamW. host: these where the optimizer is offloaded (`_optimizer`).
-    - outer: see `outer_elements`. row_table: this rank's rows, their sums and momentum.
+    - outer: see `outer_elements`; where it overlaps, the body before it too. row_table: this rank's rows, their sums and
+      momentum.
     - embedding: fp32 table, gradient, moments, the round's start where rows are shared, and the copy in compute
       precision; first and last stage have it, the position table is the first stage's.
     """
@@ -63,6 +64,8 @@ def memory_of_rank(
     held, part = sum(sizes), partition(sizes, cut)
     rule = VARIANTS[variant]
     shared = rule.token_rows == "shared"
+    # Local phases begin with the body that the exchange in the background began with.
+    start = part if cut.overlap and rule.averages_body else 0
     outer = outer_elements(model, cut, part, momentum) if rule.averages_body else 0
     positions = model.seq_length if model.has_position_table else 0
     table = (-(-rows // cut.tensor) * (first or last) + positions * first) * model.hidden_size
@@ -74,7 +77,7 @@ def memory_of_rank(
         weights=cut.width * (part + small if sharded else held),
         gathered=cut.width * min(held, 2 * -(-held // model.num_layers) + max(sizes)) if sharded else 0,
         **_optimizer(cut, sizes),
-        outer=FP32_BYTES * outer,
+        outer=FP32_BYTES * (outer + start),
         embedding=table * (FP32_BYTES * (2 + cut.optimizer_moments + shared) + copy),
         activations=activation_bytes(model, cut, layers[stage], stage),
         logits=FP32_BYTES * min(cut.loss_chunk_tokens, cut.micro_batch * model.seq_length) * -(-rows // cut.tensor)
