@@ -53,8 +53,8 @@ def memory_of_rank(
       reduction buffer, fp32 and as large as the body up to a limit. gradients: fp32, in which micro-batches are summed,
       x held (0, 1) or x partition (2, 3). masters: 4 x partition under ZeRO. moments: 8 x partition (x held under ZeRO
       0) with AdamW. host: these where the optimizer is offloaded (`_optimizer`).
-    - outer: see `outer_elements`; where it overlaps, the body before it too. row_table: this rank's rows, their sums and
-      momentum.
+    - outer: see `outer_elements`; where it overlaps, the body before it too. row_table: this rank's rows, their sums
+      and momentum.
     - embedding: fp32 table, gradient, moments, the round's start where rows are shared, and the copy in compute
       precision; first and last stage have it, the position table is the first stage's.
     """
