@@ -3,9 +3,12 @@
 A key is `path@start`: rows `start` onwards (along the first dimension) of the tensor called `path`. Body parameters and
 their optimizer moments are flattened first, so their rows are elements; embedding tables are cut by rows. Whoever reads
 asks for a path and a range and never learns which rank wrote it, on which layout, or in how many files.
+
+Each entry has its CRC-32 in the file's metadata, over key, type, shape and bytes, and whoever reads it verifies that.
 """
 
-import os
+import stat
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -34,15 +37,24 @@ def whole(path: str, tensor: Tensor, start: int = 0) -> dict[str, Tensor]:
     return {f"{path}@{start}": tensor.detach().cpu().contiguous()}
 
 
-def save_slices(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one file; `CheckpointError` names it where the disk refuses."""
+def checksum(key: str, tensor: Tensor) -> str:
+    """CRC-32 of an entry as it stands in a file: of its key, type, shape and bytes."""
+    named = zlib.crc32(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
+    return f"{zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data, named):08x}"
+
+
+def save_slices(path: Path, tensors: Mapping[str, Tensor], copied: bool = False) -> None:
+    """Write one file; `CheckpointError` names it where the disk refuses. `copied`: no two share memory."""
     try:
-        # Copies: safetensors refuses tensors that share memory, and pieces of one partition do.
-        save_file({key: value.clone() for key, value in tensors.items()}, path)
+        if not copied:
+            # safetensors refuses tensors that share memory, and pieces of one partition do.
+            tensors = {key: value.clone() for key, value in tensors.items()}
         # safetensors makes files for their owner alone; a checkpoint is as open as any file its user makes.
-        mask = os.umask(0)
-        os.umask(mask)
-        path.chmod(0o666 & ~mask)
+        path.touch()
+        mode = path.stat().st_mode
+        sums = {key: checksum(key, value) for key, value in tensors.items()}
+        save_file(dict(tensors), path, sums or None)
+        path.chmod(stat.S_IMODE(mode))
         flush_to_disk(path)
     except (OSError, SafetensorError) as error:
         path.unlink(missing_ok=True)
@@ -50,14 +62,18 @@ def save_slices(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 class SliceIndex:
-    """All slices in a set of files, by path. Files are opened when read."""
+    """All slices in a set of files, by path. Files are opened when read, and what is read of them is verified once."""
 
     def __init__(self, files: Iterable[Path]) -> None:
+        self._verified: set[tuple[Path, str]] = set()
         self._pieces: dict[str, list[tuple[int, int, Path, str]]] = defaultdict(list)
         for file in files:
             try:
                 with safe_open(file, framework="pt") as handle:
-                    for key in handle.keys():  # noqa: SIM118  not a dictionary
+                    keys, sums = handle.keys(), handle.metadata()
+                    if sums is not None and sums.keys() != set(keys):
+                        raise ValueError("its header was damaged after it was written")
+                    for key in keys:
                         path, _, start = key.rpartition("@")
                         rows = handle.get_slice(key).get_shape()[0]
                         self._pieces[path].append((int(start), int(start) + rows, file, key))
@@ -85,12 +101,28 @@ class SliceIndex:
         at = start
         for begin, end, file, key in pieces:
             if begin <= at < end and at < stop:
-                with safe_open(file, framework="pt") as handle:
-                    parts.append(handle.get_slice(key)[at - begin : min(end, stop) - begin])
+                parts.append(self._rows(file, key, at - begin, min(end, stop) - begin))
                 at = min(end, stop)
         if at < stop:
             raise CheckpointError(f"checkpoint holds {path} only up to row {at} of {stop}; it is of another model")
         return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+    def _rows(self, file: Path, key: str, first: int, last: int | None) -> Tensor:
+        """Rows [first, last) of one entry (None: to its end), a copy; `CheckpointError` where the entry is damaged."""
+        with safe_open(file, framework="pt") as handle:
+            # Mapped, not read: to verify all of a large entry takes time, and no memory.
+            entry = handle.get_tensor(key)
+            # Files of earlier releases have no checksums.
+            expected = (handle.metadata() or {}).get(key)
+            if expected is not None and (file, key) not in self._verified:
+                found = checksum(key, entry)
+                if found != expected:
+                    raise CheckpointError(
+                        f"{file}: {key} has checksum {found}, not {expected}: the file was damaged after it was "
+                        "written; check the disk, remove this checkpoint and start again from an earlier one"
+                    )
+                self._verified.add((file, key))
+            return entry[first:last].clone()
 
     def fill(self, flat: Tensor, prefix: str, segments: Iterable[Segment]) -> Tensor:
         """Fill a flat partition by name: the inverse of `cut_by_name` on any layout. Returns `flat`."""

@@ -137,7 +137,7 @@ class CheckpointConfig(Section):
 
 
 class EmbeddingConfig(Section):
-    """Where shared embedding rows are kept between rounds, and how they travel."""
+    """Where embeddings are kept that are not in training, and how shared rows travel."""
 
     row_table: Literal["host", "disk"] = Field(
         "host", description="a rank's share of the shared tables: in memory (pinned beside a GPU), or in mapped files"
@@ -147,6 +147,9 @@ class EmbeddingConfig(Section):
     )
     wire: Literal["fp32", "bf16"] = Field(
         "fp32", description="precision of shared rows and their deltas on their way; tables, sums and steps stay fp32"
+    )
+    cache_gb: float = Field(
+        0.0, ge=0, description="host memory of a rank for sources' own tables written or read last; 0: always from disk"
     )
 
     @model_validator(mode="after")

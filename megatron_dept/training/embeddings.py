@@ -6,6 +6,7 @@ rank holds its vocabulary shard: the silo's first stage for the look-up, its las
 Shapes: `v` rows of a source, `v_t` of them on a tensor rank, `h` hidden, `L` positions.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_dept.checkpoint.slices import SliceIndex, whole
-from megatron_dept.checkpoint.store import SourceStore
+from megatron_dept.checkpoint.store import Read, SourceStore
 from megatron_dept.config.schema import RunConfig
 from megatron_dept.data.remap import VocabularyMap
 from megatron_dept.dept.outer import OuterRule
@@ -107,8 +108,29 @@ class EmbeddingBroker:
             shard,
         )
         if stored is not None and self._config.dept.inner_state == "keep":
-            owner.load_optimizer_state(read_embedding_optimizer(stored, f"source/{name}", owner))
+            owner.load_optimizer_state(read_embedding_optimizer(stored, f"source/{name}", held_rows(owner)))
         return HeldEmbedding(owner, token, position)
+
+    def ahead(self, name: str, rows: int) -> Read | None:
+        """Reads what `acquire` will ask of the store, for a source of `rows` rows; None: nothing."""
+        if self._variant.token_rows == "resident" or not self._holds:
+            return None
+        shard, mine = self._shard(rows), {}
+        if self._variant.token_rows == "local":
+            mine["token"] = range(shard.start, shard.stop)
+        if self._has_position and self._variant.position_rows == "local":
+            mine["position"] = range(self._positions)
+
+        def read(stored: SliceIndex) -> None:
+            for part, which in mine.items():
+                stored.read(f"source/{name}/{part}", which.start, which.stop)
+            if self._config.dept.inner_state == "keep":
+                every = {"token": range(shard.start, shard.stop)}
+                if self._has_position:
+                    every["position"] = range(self._positions)
+                read_embedding_optimizer(stored, f"source/{name}", every)
+
+        return read
 
     def release(self, name: str | None, held: HeldEmbedding | None, ids: np.ndarray | None, round: int) -> None:
         """Take back what a local phase made of an embedding. Collective where rows are shared.
@@ -156,7 +178,7 @@ class EmbeddingBroker:
 
     def has(self, name: str) -> bool:
         """Whether a source has an embedding yet: one of its own it has from its first turn on."""
-        return self._variant.token_rows != "local" or self._store.index(name) is not None
+        return self._variant.token_rows != "local" or self._store.has(name)
 
     def replace_resident(self, index: SliceIndex) -> None:
         """Start the resident embedding from a checkpoint's global tables (adapt's own-embedding protocol)."""
@@ -243,7 +265,7 @@ class EmbeddingBroker:
         if not self._has_position or self._variant.position_rows == "shared":
             return None
         if stored is not None:
-            return stored.read(f"source/{name}/position")
+            return stored.read(f"source/{name}/position", 0, self._positions)
         return self._draw("position", 0, self._positions, (name,))
 
     def _fresh_resident(self, meaning: tuple[str | int, ...]) -> EmbeddingOwner:
@@ -292,6 +314,14 @@ def first_row(owner: EmbeddingOwner, part: str) -> int:
     return owner.module.shard.start if part == "token" else 0
 
 
+def held_rows(owner: EmbeddingOwner) -> dict[str, range]:
+    """Which rows of the whole tables an owner has, by part."""
+    rows = {"token": range(owner.module.shard.start, owner.module.shard.stop)}
+    if owner.module.position is not None:
+        rows["position"] = range(len(owner.module.position))
+    return rows
+
+
 def embedding_tensors(prefix: str, owner: EmbeddingOwner, with_optimizer: bool, leads: bool) -> dict[str, Tensor]:
     """An embedding shard, and its inner optimizer state where asked for, as named entries under `prefix`.
 
@@ -310,16 +340,15 @@ def embedding_tensors(prefix: str, owner: EmbeddingOwner, with_optimizer: bool, 
     return entries
 
 
-def read_embedding_optimizer(index: SliceIndex, prefix: str, owner: EmbeddingOwner) -> dict[str, Tensor]:
-    """What `embedding_tensors` saved of the optimizer, of the rows `owner` has; empty where it saved none."""
+def read_embedding_optimizer(index: SliceIndex, prefix: str, rows: Mapping[str, range]) -> dict[str, Tensor]:
+    """What `embedding_tensors` saved of the optimizer, of each part's `rows`; empty where it saved none."""
     path = f"{prefix}/embedding.optimizer/"
     state: dict[str, Tensor] = {}
     for key in index.paths(path):
         if key == "step":
             state[key] = index.read(path + key)
             continue
-        parameter = getattr(owner.module, key.partition("/")[2])
-        if parameter is not None:
-            start = first_row(owner, key.partition("/")[2])
-            state[key] = index.read(path + key, start, start + len(parameter))
+        which = rows.get(key.partition("/")[2])
+        if which is not None:
+            state[key] = index.read(path + key, which.start, which.stop)
     return state

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_dept.checkpoint.slices import SliceIndex, cut_by_name, whole
-from megatron_dept.checkpoint.store import SourceStore
+from megatron_dept.checkpoint.store import Read, SourceStore
 from megatron_dept.common.segments import Segment
 from megatron_dept.config.schema import DeptConfig
 from megatron_dept.engine.body_shards import BodyShards
@@ -32,6 +32,13 @@ class InnerState:
         stored = self._store.index(name) if self._keeps else None
         state = read_inner_state(stored, f"source/{name}", self._shards.numel, self._shards.segments) if stored else {}
         self._shards.load_optimizer_state(state)
+
+    def ahead(self, name: str) -> Read | None:
+        """Reads what `begin` will ask of the store; None where it asks for nothing."""
+        if self._resident or not self._keeps:
+            return None
+        prefix, numel, segments = f"source/{name}", self._shards.numel, self._shards.segments
+        return lambda stored: read_inner_state(stored, prefix, numel, segments)
 
     def end(self, name: str, round: int) -> None:
         """Source `name` has ended its phase of `round`."""

@@ -42,6 +42,7 @@ from megatron_dept.training.plan import build_plan
 from megatron_dept.training.progress_state import RunProgress
 from megatron_dept.training.resume import changes_line, resume_point
 from megatron_dept.training.signals import StopRequest
+from megatron_dept.training.source_switch import SourceSwitch
 from megatron_dept.training.sources import SourceSet
 from megatron_dept.training.state import RunState
 from megatron_dept.training.trainer import Trainer
@@ -166,7 +167,7 @@ def build_trainer(
         exchange = own_exchange(world, joined, engine, rule)
     elif variant.averages_body:
         exchange = build_exchange(world, engine, rule, overlaps=outer.overlap > 0)
-    store = SourceStore(config.run_dir / "store")
+    store = SourceStore(config.run_dir / "store", int(config.embedding.cache_gb * 1e9))
     broker = EmbeddingBroker(config, world, store, sources.vocab_size, rule)
     state = RunState(config, world, sources, engine, exchange, broker, store)
     progress = RunProgress()
@@ -189,6 +190,7 @@ def build_trainer(
         if start_from is not None:
             _load_embedding(config, broker, start_from)
     if world.is_writer:
+        state.keep_vocabularies()
         with atomic_write(config.run_dir / "config.yaml", "w") as handle:
             handle.write(dump_config(config))
     stop = StopRequest(world.shared_store, polls=world.leads_silo)
@@ -202,7 +204,7 @@ def build_trainer(
         engine=engine,
         exchange=exchange,
         broker=broker,
-        inner=InnerState(config.dept, world, engine.shards, store),
+        switch=SourceSwitch(sources, store, broker, InnerState(config.dept, world, engine.shards, store)),
         state=state,
         progress=progress,
         metrics=metrics,

@@ -8,6 +8,7 @@ Under outer.overlap, whose last exchange is waited for, also the body that it, a
 import zlib
 from collections.abc import Collection
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from megatron_dept.training.embeddings import (
     EmbeddingBroker,
     embedding_tensors,
     first_row,
+    held_rows,
     read_embedding_optimizer,
 )
 from megatron_dept.training.inner_state import inner_tensors, read_inner_state
@@ -60,7 +62,6 @@ class RunState:
         self._directory = config.run_dir / "checkpoints"
         self._flight_index: SliceIndex | None = None
         self._retired: dict[str, dict[str, Any]] = {}
-        self._retired_index: SliceIndex | None = None
 
     def save(
         self, progress: RunProgress, flight: tuple[str, EmbeddingOwner | None] | None, active: Collection[str]
@@ -84,12 +85,8 @@ class RunState:
         if self._world.is_writer:
             for name in waiting:
                 tensors |= self._carried(name)
-            for name, vocabulary in self._sources.vocabularies.items():
-                tensors |= whole(f"vocabulary/{name}", torch.from_numpy(vocabulary.ids.copy()))
-            for name in self._retired:
-                assert self._retired_index is not None
-                tensors |= whole(f"vocabulary/{name}", self._retired_index.read(f"vocabulary/{name}"))
         # A rank that idles is ahead of its silo: what others put into the store must be there before it is listed.
+        self._store.flush()
         self._world.barrier()
         target = save_checkpoint(
             self._directory / f"step-{progress.total_steps:08d}",
@@ -101,11 +98,9 @@ class RunState:
             self._manifest(progress),
             self._config.checkpoint.keep_last,
         )
-        # The checkpoint that these were read from may be gone now.
         if waiting:
+            # The checkpoint that they were restored from may be gone now.
             self._flight_index = Checkpoint.open(target).index
-        if self._retired and self._world.is_writer:
-            self._retired_index = Checkpoint.open(target).index
         return target
 
     def restore(self, checkpoint: Checkpoint) -> RunProgress:
@@ -116,7 +111,6 @@ class RunState:
         progress = RunProgress.load(checkpoint.manifest["progress"])
         SourceChanges.since(checkpoint.manifest, self._sources.names).apply(progress)
         self._retired = retired_sources(checkpoint.manifest, self._sources.names)
-        self._retired_index = checkpoint.index if self._retired else None
         index, shards = checkpoint.index, self._engine.shards
         body = index.fill(torch.zeros(shards.numel), "body", shards.segments)
         shards.write(body)
@@ -130,10 +124,20 @@ class RunState:
         self._broker.load(index, progress.mid_round)
         if self._world.is_writer:
             self._store.restore(checkpoint.directory, checkpoint.manifest["files"])
+            for name in self._retired:
+                self._store.keep(name, partial(_vocabulary, index, name))
         self._world.barrier()
         if progress.flights or self._exchange is None:
             self._flight_index = index
         return progress
+
+    def keep_vocabularies(self) -> None:
+        """Put into the store, for every checkpoint to link, which ids each source's rows stand for; by one rank."""
+        for name in self._sources.vocabularies:
+            self._store.keep(name, partial(self._ids, name))
+
+    def _ids(self, name: str) -> dict[str, Tensor]:
+        return whole(f"vocabulary/{name}", torch.from_numpy(self._sources.vocabularies[name].ids.copy()))
 
     def resume_flight(self, name: str, owner: EmbeddingOwner | None) -> None:
         """Put back a local phase that the restored checkpoint caught under way; `owner` as its silo's rank has one."""
@@ -147,7 +151,7 @@ class RunState:
                     for part, parameter in owner.module.named_parameters():
                         start = first_row(owner, part)
                         parameter.copy_(index.read(f"{prefix}/{part}", start, start + len(parameter)))
-            owner.load_optimizer_state(read_embedding_optimizer(index, prefix, owner))
+            owner.load_optimizer_state(read_embedding_optimizer(index, prefix, held_rows(owner)))
         shards.load_optimizer_state(read_inner_state(index, prefix, shards.numel, shards.segments))
 
     def _outer_tensors(self, exchange: Exchange, segments: list[Segment], mid_round: bool) -> dict[str, Tensor]:
@@ -250,3 +254,8 @@ class RunState:
             "progress": progress.dump(),
             "trained_with": config.model_dump(mode="json"),
         }
+
+
+def _vocabulary(index: SliceIndex, name: str) -> dict[str, Tensor]:
+    """A source's as a checkpoint has it, for the store."""
+    return whole(f"vocabulary/{name}", index.read(f"vocabulary/{name}"))

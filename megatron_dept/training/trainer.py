@@ -28,13 +28,13 @@ from megatron_dept.federation.overlapped_exchange import OverlappedExchange
 from megatron_dept.training.body_hash import agree_on_body
 from megatron_dept.training.elastic import Elastic
 from megatron_dept.training.embeddings import EmbeddingBroker
-from megatron_dept.training.inner_state import InnerState
 from megatron_dept.training.local_phase import LocalPhase
 from megatron_dept.training.metrics import Metrics, Pace
 from megatron_dept.training.progress_state import Flight, RunProgress
 from megatron_dept.training.round_books import EndedRound, RoundBooks
 from megatron_dept.training.save_schedule import is_due_after, save_steps, validates, waiting_rounds
 from megatron_dept.training.signals import StopRequest
+from megatron_dept.training.source_switch import SourceSwitch
 from megatron_dept.training.sources import Source, SourceSet
 from megatron_dept.training.state import RunState
 from megatron_dept.training.step_report import StepReporter
@@ -53,7 +53,7 @@ class Trainer:
         engine: SiloEngine,
         exchange: Exchange | None,
         broker: EmbeddingBroker,
-        inner: InnerState,
+        switch: SourceSwitch,
         state: RunState,
         progress: RunProgress,
         metrics: Metrics,
@@ -69,7 +69,7 @@ class Trainer:
         self._engine = engine
         self._exchange = exchange
         self._broker = broker
-        self._inner = inner
+        self._switch = switch
         self._state = state
         self.progress = progress
         self._metrics = metrics
@@ -127,16 +127,21 @@ class Trainer:
         sampled = tuple(self.progress.sampled) or self._sampled(self.progress.round)
         self.progress.sampled = list(sampled)
         remaining = tuple(name for name in sampled if name not in self.progress.done)
-        for slot in self._sources.slots(remaining, self._world.layout.silos):
-            if not self._slot(slot):
+        slots = self._sources.slots(remaining, self._world.layout.silos)
+        following = self._first_of_round(self.progress.round + 1)
+        upcoming = [*(self._own(slot) for slot in slots[1:]), following]
+        for slot, after in zip(slots, upcoming, strict=False):
+            if not self._slot(slot, after):
                 return False
         with self._watch.phase("exchange"):
             entry = self._end_round(sampled)
         if entry is None:
             return False
+        entry |= {"switch_seconds": self._switch.take_seconds()}
         number = self.progress.round - 1
         if self._validation is not None and validates(self._config.evaluation, number):
             self._validate(self._validation, number)
+        self._switch.fetch_ahead(following)
         self._ended = self._books.end(self.progress, sampled, entry | {"seconds": time.perf_counter() - began})
         if self._overlapped is None:
             self._write_down_round()
@@ -144,11 +149,16 @@ class Trainer:
             self._save(None)
         return True
 
-    def _slot(self, slot: tuple[str | None, ...]) -> bool:
-        """One source a silo, each to the end of its local phase; False where the run stopped inside it."""
+    def _slot(self, slot: tuple[str | None, ...], upcoming: str | None) -> bool:
+        """One source a silo, each to the end of its local phase; False where the run stopped inside it.
+
+        `upcoming`: this silo's source of the next slot.
+        """
         self._active = tuple(name for name in slot if name is not None)
         first_common = max((flight.step for flight in self.progress.flights.values()), default=0)
-        local = self._begin_phase(slot[self._world.place.silo])
+        with self._switch.clock():
+            local = self._begin_phase(self._own(slot))
+            self._switch.fetch_ahead(upcoming, written=(*self.progress.done, *self._active))
         with self._watch.phase("inner step"):
             if not self._train(
                 local, save_steps(self._config.checkpoint, self.progress.round, self._config.dept.n_local, first_common)
@@ -160,10 +170,10 @@ class Trainer:
             with self._watch.phase("pack"):
                 self._exchange.add(self._engine.shards.read())
         ids = local.source.vocabulary.ids if local.source is not None else None
-        with self._watch.phase("row exchange"):
+        with self._watch.phase("row exchange"), self._switch.clock():
             self._broker.release(local.name, local.held if contributes else None, ids, self.progress.round)
-        if local.name is not None and contributes:
-            self._inner.end(local.name, self.progress.round)
+            if local.name is not None and contributes:
+                self._switch.inner.end(local.name, self.progress.round)
         for name in slot:
             if name is not None:
                 del self.progress.flights[name]
@@ -184,7 +194,7 @@ class Trainer:
         if name is None:
             return LocalPhase(None, None)
         if flight is None:
-            self._inner.begin(name)
+            self._switch.inner.begin(name)
             return LocalPhase(source, held)
         if self._exchange is not None:
             self._state.resume_flight(name, held.owner if held is not None else None)
@@ -336,6 +346,8 @@ class Trainer:
                 entry["body_hash"] = agree_on_body(self._world, self._engine, value, self.progress.round)
             self.progress.end_round()
         # The store's files of this round are written before anyone reads them in the next.
+        with self._watch.phase("source store"), self._switch.clock():
+            self._switch.flush()
         self._world.barrier()
         return entry | {"exchange_seconds": time.perf_counter() - began}
 
@@ -389,6 +401,16 @@ class Trainer:
         names = self._sources.trained
         count = len(names) if self._variant.synchronous else (self._config.dept.sources_per_round or len(names))
         return sample_sources(self._config.seed, number, names, count)
+
+    def _own(self, slot: tuple[str | None, ...]) -> str | None:
+        return slot[self._world.place.silo]
+
+    def _first_of_round(self, number: int) -> str | None:
+        """This silo's first source of a round that is to come; None where there is none."""
+        if number >= self._config.dept.rounds or self._variant.synchronous:
+            return None
+        slots = self._sources.slots(self._sampled(number), self._world.layout.silos)
+        return self._own(slots[0]) if slots else None
 
     def _steps_left(self) -> int:
         """Inner steps this silo still has to do, for the time left."""

@@ -21,7 +21,17 @@ from megatron_dept.common.errors import EXIT_USER_ERROR, REMEDY_OF_LOSS, first_l
 from megatron_dept.training.processes import has_ended, own_process
 
 Phase = Literal[
-    "start-up", "round", "inner step", "meeting", "pack", "exchange", "row exchange", "validation", "save", "end"
+    "start-up",
+    "round",
+    "inner step",
+    "meeting",
+    "pack",
+    "exchange",
+    "row exchange",
+    "source store",
+    "validation",
+    "save",
+    "end",
 ]
 
 _ALARM, _VERDICT, _HEARD, _KEEPER = "watch/alarm", "watch/verdict", "watch/heard", "watch/keeper"
