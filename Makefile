@@ -29,7 +29,7 @@ export DS_ACCELERATOR := cpu
 endif
 endif
 
-SOURCES := megatron_dept tools tests benchmarks setup.py pretrain_dept.py
+SOURCES := megatron_dept csrc tools tests benchmarks setup.py pretrain_dept.py
 
 .DEFAULT_GOAL := help
 .PHONY: help venv test check format test-long test-all-layouts demo demo-all bench clean distclean

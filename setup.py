@@ -83,20 +83,29 @@ class BuildNative(build_ext):
         super().build_extension(extension)
 
     def add_cuda(self, extension: Extension) -> None:
-        """Compile `csrc/kernels/cuda` into objects of `extension`; says so where they are wanted and cannot be."""
-        sources = ROOT / "csrc" / "kernels" / "cuda"
-        compiler = SimpleNamespace(**runpy.run_path(str(sources / "compile.py")))
-        torch = Path(extension.library_dirs[0]).parent
-        if not compiler.wanted(runpy.run_path(str(torch / "version.py"))["cuda"]):
-            return
-        if compiler.nvcc() is None:
-            print("nvcc was not found: the kernels are built for the CPU alone; on a GPU the plain torch ones will run")
-            return
-        objects, link = compiler.objects(sources, Path(self.build_temp).absolute())
+        """Add the objects of `csrc/kernels/cuda` to `extension`, whose library is made anew when they are others."""
+        objects, link = self.cuda_objects(Path(extension.library_dirs[0]).parent)
+        linked = Path(self.build_temp) / "cuda_objects.txt"
+        if not linked.exists() or linked.read_text() != "\n".join(objects):
+            linked.parent.mkdir(parents=True, exist_ok=True)
+            linked.write_text("\n".join(objects))
+        extension.depends = [*extension.depends, str(linked)]
         if objects:
             extension.extra_objects = [*extension.extra_objects, *objects]
             extension.extra_link_args = [*extension.extra_link_args, *link]
             extension.define_macros = [*extension.define_macros, ("MDEPT_WITH_CUDA", "1")]
+
+    def cuda_objects(self, torch: Path) -> tuple[list[str], list[str]]:
+        """(objects, linker arguments), none where no CUDA half is wanted; says so where it is and cannot be made."""
+        sources = ROOT / "csrc" / "kernels" / "cuda"
+        compiler = SimpleNamespace(**runpy.run_path(str(sources / "compile.py")))
+        if not compiler.wanted(runpy.run_path(str(torch / "version.py"))["cuda"]):
+            return [], []
+        if compiler.nvcc() is None:
+            print("nvcc was not found: the kernels are built for the CPU alone; on a GPU the plain torch ones will run")
+            return [], []
+        objects, link = compiler.objects(sources, Path(self.build_temp).absolute())
+        return objects, link
 
 
 def extensions() -> list[Extension]:

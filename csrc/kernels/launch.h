@@ -145,6 +145,9 @@ MDEPT_KERNEL(body_apply, MdeptBodyApply)
 
 #undef MDEPT_KERNEL
 
+// What a CUDA kernel's return means, in words.
+const char* mdept_cuda_error(int error);
+
 #ifdef __cplusplus
 }
 #endif

@@ -85,9 +85,10 @@ inline void* current_stream(int32_t device) {
 
 // Runs the CPU or the CUDA form of a kernel, by where `tensor` lies.
 #ifdef MDEPT_WITH_CUDA
-#define MDEPT_RUN(kernel, arguments, tensor) mdept::run(mdept_##kernel##_cpu, mdept_##kernel##_cuda, arguments, tensor)
+#define MDEPT_RUN(kernel, arguments, tensor) \
+  mdept::run(#kernel, mdept_##kernel##_cpu, mdept_##kernel##_cuda, arguments, tensor)
 #else
-#define MDEPT_RUN(kernel, arguments, tensor) mdept::run(mdept_##kernel##_cpu, nullptr, arguments, tensor)
+#define MDEPT_RUN(kernel, arguments, tensor) mdept::run(#kernel, mdept_##kernel##_cpu, nullptr, arguments, tensor)
 #endif
 
 template <class Arguments>
@@ -96,8 +97,8 @@ struct Kernel {
 };
 
 template <class Arguments>
-void run(typename Kernel<Arguments>::Type cpu, typename Kernel<Arguments>::Type cuda, const Arguments& arguments,
-         const Tensor& tensor) {
+void run(const char* name, typename Kernel<Arguments>::Type cpu, typename Kernel<Arguments>::Type cuda,
+         const Arguments& arguments, const Tensor& tensor) {
   if (tensor.is_cpu()) {
     const MdeptWhere where{parallel_for, nullptr};
     cpu(&arguments, &where);
@@ -107,10 +108,10 @@ void run(typename Kernel<Arguments>::Type cpu, typename Kernel<Arguments>::Type 
   const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
   const MdeptWhere where{nullptr, current_stream(tensor.get_device_index())};
   const int error = cuda(&arguments, &where);
-  STD_TORCH_CHECK(error == 0, "the CUDA kernel was not launched: error ", error);
+  STD_TORCH_CHECK(error == 0, "the CUDA kernel ", name, " was not launched: ", mdept_cuda_error(error));
 #else
   (void)cuda;
-  STD_TORCH_CHECK(false, "this library was built without CUDA");
+  STD_TORCH_CHECK(false, name, ": this library was built without CUDA");
 #endif
 }
 
