@@ -25,7 +25,7 @@ GOALS = ("trim_gather", "trim_scatter_mean", "body_pack", "body_unpack")
 
 @dataclass(frozen=True)
 class Sizes:
-    """`rows` x `hidden` of a table, `ids` of it asked for; `elements` of a partition; a batch of `batch` x `sequence`."""
+    """`rows` x `hidden` of a table, `ids` of it asked for; `elements` of a partition; a batch `batch` x `sequence`."""
 
     rows: int
     hidden: int

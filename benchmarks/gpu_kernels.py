@@ -28,24 +28,22 @@ GOAL = 0.88
 NOT_PRESENT = "not present"
 
 
-def measure(case: Case, size: Sizes, device: torch.device, copy: float, compiled: bool) -> dict[str, Any]:
-    """The figures of one case: seconds and bandwidth of the kernel, of plain torch, of torch.compile, of the peers."""
+def measure(
+    case: Case, size: Sizes, device: torch.device, copy: float, variants: dict[str, Callable[[dict[str, Any]], object]]
+) -> dict[str, Any]:
+    """The figures of one case: of each of `variants`, seconds and bandwidth by the bytes that the kernel must move."""
     first = case.make(size, device, 1)
     moved = case.moved(first)
     held = size_of(*(value for value in first.values() if isinstance(value, Tensor)))
     sets = [first] + [case.make(size, device, seed) for seed in range(2, input_sets(held, device) + 1)]
-    variants: dict[str, Callable[[dict[str, Any]], object]] = {"kernel": case.run, "torch eager": case.eager}
-    if compiled:
-        variants["torch.compile"] = torch.compile(case.eager, dynamic=False)
-    variants |= case.peers
     figures: dict[str, Any] = {"case": case.name, "bytes": moved, "goal": case.name.startswith(GOALS), "variants": {}}
     for name, variant in variants.items():
         try:
             timing = time_calls(lambda index, v=variant: v(sets[index]), len(sets), device)  # type: ignore[misc]
         except (ImportError, AttributeError, RuntimeError) as error:
-            figures["variants"][name] = {NOT_PRESENT: _first_line(error)}
             if name == "kernel":
                 raise
+            figures["variants"][name] = {NOT_PRESENT: _first_line(error)}
             continue
         figures["variants"][name] = _figures(timing, moved, copy)
     return figures
@@ -135,7 +133,9 @@ def _same(left: Any, right: Any) -> bool:
     """Bit for bit, whatever is not a number included."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         alike = left.shape == right.shape and left.dtype == right.dtype
-        return alike and torch.equal(left.cpu().contiguous().view(torch.uint8), right.cpu().contiguous().view(torch.uint8))
+        return alike and torch.equal(
+            left.cpu().contiguous().view(torch.uint8), right.cpu().contiguous().view(torch.uint8)
+        )
     if isinstance(left, list | tuple) and isinstance(right, list | tuple):
         return len(left) == len(right) and all(_same(a, b) for a, b in zip(left, right, strict=True))
     return bool(left == right)
@@ -152,8 +152,12 @@ def print_table(figures: dict[str, Any]) -> None:
                 print(f"{entry['case']:38} {name:32} {values['microseconds']:>10.1f} us {values['of_copy']:>7.1%}")
 
 
-def run_all(device: torch.device, only: str, path: Path | None) -> int:
-    """Every case whose name holds `only`, figures written after each; the number of cases that failed."""
+def run_all(device: torch.device, only: str, path: Path | None, seconds: float) -> int:
+    """Every case whose name holds `only`, figures written after each; the number of cases that failed.
+
+    First all kernels beside what is there at once, then what must be compiled, as long as `seconds` are not over.
+    """
+    began = time.monotonic()
     on_gpu = device.type == "cuda"
     size, copy = LARGE if on_gpu else TINY, copy_bandwidth(device)
     figures: dict[str, Any] = {
@@ -165,37 +169,55 @@ def run_all(device: torch.device, only: str, path: Path | None) -> int:
         "cases": [],
         "failed": {},
     }
-    for case in cases():
-        if only not in case.name:
-            continue
+    wanted = [case for case in cases() if only in case.name]
+    for case in wanted:
+        variants = {"kernel": case.run, "torch eager": case.eager, **case.peers}
         try:
-            figures["cases"].append(measure(case, size, device, copy, compiled=on_gpu))
+            figures["cases"].append(measure(case, size, device, copy, variants))
         except Exception as error:  # the other kernels' figures are wanted all the same
             figures["failed"][case.name] = _first_line(error)
-        if on_gpu:
-            torch.cuda.empty_cache()
-        write_figures(path, figures)
-    if on_gpu and only in "DeepSpeed's quantizer":
+        _between(device, path, figures)
+    if on_gpu and only in "DeepSpeed's quantizer" and time.monotonic() - began < seconds:
         try:
             figures["cases"].append(quantizer(size, device, copy))
             figures["peers"]["DeepSpeed's quantizer"] = "present"
         except Exception as error:
             figures["peers"]["DeepSpeed's quantizer"] = f"{NOT_PRESENT} ({_first_line(error)})"
-        write_figures(path, figures)
+        _between(device, path, figures)
+    entries = {entry["case"]: entry["variants"] for entry in figures["cases"]}
+    for case in wanted:
+        if not on_gpu or case.name not in entries or time.monotonic() - began > seconds:
+            continue
+        torch._dynamo.reset()
+        compiled = {"torch.compile": torch.compile(case.eager, dynamic=False)}
+        try:
+            entries[case.name] |= measure(case, size, device, copy, compiled)["variants"]
+        except Exception as error:
+            entries[case.name]["torch.compile"] = {NOT_PRESENT: _first_line(error)}
+        _between(device, path, figures)
     print_table(figures)
     for name, message in figures["failed"].items():
         print(f"{name}: FAILED: {message}")
     return len(figures["failed"])
 
 
+def _between(device: torch.device, path: Path | None, figures: dict[str, Any]) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    write_figures(path, figures)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_device_option(parser)
     parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument(
+        "--seconds", type=float, default=300.0, help="begin nothing that must be compiled after so long (default 300)"
+    )
     parser.add_argument("--once", action="store_true", help="each kernel once, against the reference")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    return run_once(device) if arguments.once else run_all(device, arguments.only, arguments.json)
+    return run_once(device) if arguments.once else run_all(device, arguments.only, arguments.json, arguments.seconds)
 
 
 if __name__ == "__main__":
