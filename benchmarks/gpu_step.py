@@ -13,6 +13,7 @@ Before the cases the head alone is timed by `loss_chunk_tokens`.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import subprocess
@@ -32,6 +33,7 @@ from megatron_dept.config.load import validate_config
 from megatron_dept.config.presets import PRESETS
 from megatron_dept.config.schema import RunConfig
 from megatron_dept.models.flops import body_parameters, flops_per_token
+from megatron_dept.models.loss import linear_cross_entropy
 from megatron_dept.training.hardware import datasheet_flops
 
 CASE_SECONDS = 240.0
@@ -42,7 +44,7 @@ REHEARSAL = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "seq_
 
 @dataclass(frozen=True)
 class StepCase:
-    """A preset (or the small model of a rehearsal) with a vocabulary; `micro` sequences at once, `accumulate` times a step."""
+    """A preset, or a rehearsal's small model, with a vocabulary: `micro` sequences, `accumulate` times a step."""
 
     preset: str
     vocabulary: int
@@ -253,8 +255,6 @@ def _round_end(trainer: Any, device: torch.device) -> dict[str, float]:
 
 def head_by_chunk(device: torch.device) -> list[dict[str, Any]]:
     """Forward and backward of head and loss alone, by tokens a chunk: milliseconds and share of the product rate."""
-    from megatron_dept.models.loss import linear_cross_entropy
-
     on_gpu = device.type == "cuda"
     product, tokens = product_rate(device), 16_384 if on_gpu else 64
     shapes = [(768, 50_304), (2048, 250_112)] if on_gpu else [(32, 700)]
@@ -264,11 +264,7 @@ def head_by_chunk(device: torch.device) -> list[dict[str, Any]]:
         table = (0.02 * torch.randn(vocabulary, hidden, device=device)).requires_grad_()
         targets = torch.randint(0, vocabulary, (tokens,), device=device)
         for chunk in (*CHUNKS, tokens) if on_gpu else (16, tokens):
-
-            def step(_: int, chunk: int = chunk) -> None:
-                states.grad = table.grad = None  # noqa: B023  called within this turn of the loop
-                linear_cross_entropy(states, table, targets, chunk).backward()  # noqa: B023
-
+            step = functools.partial(_head_step, states, table, targets, chunk)
             entry: dict[str, Any] = {"hidden": hidden, "vocabulary": vocabulary, "chunk": chunk, "tokens": tokens}
             try:
                 seconds = time_calls(step, 1, device, seconds=0.3).median
@@ -277,8 +273,12 @@ def head_by_chunk(device: torch.device) -> list[dict[str, Any]]:
                 continue
             rate = 6 * vocabulary * hidden * tokens / seconds
             figures.append(entry | {"ms": round(1000 * seconds, 3), "of_product_rate": round(rate / product, 4)})
-        del states, table
     return figures
+
+
+def _head_step(states: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, chunk: int, _: int) -> None:
+    states.grad = table.grad = None
+    linear_cross_entropy(states, table, targets, chunk).backward()
 
 
 def run_apart(case: StepCase, device: str, limit: float) -> dict[str, Any]:
