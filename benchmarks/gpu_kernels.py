@@ -162,7 +162,7 @@ def run_all(device: torch.device, only: str, path: Path | None, seconds: float) 
     size, copy = LARGE if on_gpu else TINY, copy_bandwidth(device)
     figures: dict[str, Any] = {
         "device": device.type,
-        "native": native_kernels(),
+        "native": native_kernels(device.type),
         "goal": GOAL,
         "copy_tb_per_second": copy / 1e12,
         "peers": optional_peers(),

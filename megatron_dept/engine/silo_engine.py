@@ -62,9 +62,10 @@ class SiloEngine:
             config.training.global_batch_size, config.training.micro_batch_size, world.shape.data
         )
         self.body_shapes = {name: list(shape) for name, shape in body_shapes(config.model).items()}
-        # DeepSpeed would compile this optional op at start for minutes; gloo needs none of it.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         backend = "nccl" if world.device.type == "cuda" else "gloo"
+        if backend == "gloo":
+            # DeepSpeed would compile this optional op at start for minutes; gloo needs none of it, a GPU has none.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         count_silo_traffic(world.ledger, world.layout.members(world.place.silo))
         built = _copies(body) if config.training.precision == "bf16" else {}
@@ -106,6 +107,8 @@ class SiloEngine:
         self.engine.train()
         loss_sum, activation_norm = self._accumulate(micro_batches, owner, want_activation_norm)
         squares = self.shards.gradient_square() + (owner.reduce_gradients() if owner else 0.0)
+        # Read before the step is asked for: on a GPU the look waits for the backward, not for the optimizers too.
+        mean_loss = float(loss_sum) / len(micro_batches)
         norm = self._world.root_of_sum(squares)
         coefficient = self._clip_coefficient(norm)
         for group in self.engine.optimizer.param_groups:
@@ -113,7 +116,7 @@ class SiloEngine:
         self.shards.step(self.engine, norm, coefficient)
         if owner is not None:
             owner.step(embedding_learning_rate, coefficient)
-        loss, wants_stop, mean_norm = self._agree(float(loss_sum) / len(micro_batches), stop(), activation_norm)
+        loss, wants_stop, mean_norm = self._agree(mean_loss, stop(), activation_norm)
         return StepResult(
             loss=loss,
             gradient_norm=norm,
@@ -199,6 +202,8 @@ class SiloEngine:
             # The joint norm is clipped by this engine; DeepSpeed only knows the body.
             "gradient_clipping": 0.0,
             "steps_per_print": None,
+            # DeepSpeed's own timer would wait for the GPU before every forward and after every step; ours is outside.
+            "timers": {"throughput": {"enabled": False}},
             **({"tensorboard": monitor} if log.tensorboard else {}),
             **({"csv_monitor": monitor} if log.csv else {}),
             **({"wandb": {"enabled": True, "project": config.run_dir.name}} if log.wandb else {}),

@@ -270,7 +270,11 @@ class Trainer:
         micro_batches = []
         for index in range(self._engine.accumulation_steps):
             piece = source.batch(cursor + (index * data + self._world.place.data) * size, size)
-            tokens = torch.from_numpy(piece).to(device)
+            tokens = torch.from_numpy(piece)
+            if device.type == "cuda":
+                # Of pageable memory the copy would wait for all that the GPU still has to do of the step before.
+                tokens = tokens.pin_memory()
+            tokens = tokens.to(device, non_blocking=True)
             micro_batches.append((tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()))
         return micro_batches
 
