@@ -32,7 +32,7 @@ endif
 SOURCES := megatron_dept csrc tools tests benchmarks setup.py pretrain_dept.py
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test check format test-long test-all-layouts demo demo-all bench clean distclean
+.PHONY: help venv test check format test-long test-all-layouts demo demo-all bench gpu-check clean distclean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /|/' | \
@@ -63,7 +63,7 @@ check: venv  ## Format, lint, types, and the floors that imports go down
 	@$(PY) -m ruff format --check --quiet $(wildcard $(SOURCES))
 	@$(PY) -m ruff check --quiet $(wildcard $(SOURCES))
 	@$(PY) -m mypy
-	@cd tools && MYPYPATH=..:. $(PY) -m mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache --follow-imports=silent *.py demo_corpora demo_job run_plan
+	@cd tools && MYPYPATH=..:. $(PY) -m mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache --follow-imports=silent *.py demo_corpora demo_job gpu_check_steps run_plan
 	@$(PY) -m pytest -q tests/test_floors.py
 
 format: venv  ## Format the code, and mend what the linter can
@@ -80,6 +80,10 @@ bench: venv  ## Measure the head and loss beside torch's, steps beside plain Dee
 	@$(PY) benchmarks/loss.py
 	@$(PY) -m benchmarks.layouts
 	@$(PY) -m benchmarks.convergence
+
+# Not venv: it works without a network, in the Python that PYTHON= names, and says itself what is missing there.
+gpu-check:  ## Build and check everything on a GPU, with no network needed; WHEELS= OUT= PYTHON=, or GPU_CHECK_ARGS=--help
+	@$(BASE_PYTHON) tools/gpu_check.py $(if $(WHEELS),--wheels "$(WHEELS)") $(if $(OUT),--out "$(OUT)") $(GPU_CHECK_ARGS)
 
 clean:  ## Remove what was built and cached; .venv and demo/ stay
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info .venv/megatron_dept.stamp

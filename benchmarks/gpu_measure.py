@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-WARM_UP, LEAST_CALLS, MOST_CALLS = 3, 15, 300
+WARM_UP, LEAST_CALLS, MOST_CALLS, REHEARSED_CALLS = 3, 15, 300, 3
 COPY_BYTES = {"cuda": 4 << 30, "cpu": 4 << 20}
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 128}
 
@@ -46,6 +46,8 @@ def time_calls(call: Callable[[int], object], sets: int, device: torch.device, s
     call(0)
     synchronize(device)
     calls = int(min(MOST_CALLS, max(LEAST_CALLS, seconds / max(1e-6, time.perf_counter() - began))))
+    if device.type != "cuda":
+        calls = REHEARSED_CALLS
     if device.type == "cuda":
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
         for index, (start, stop) in enumerate(events):

@@ -81,5 +81,5 @@ def environment_of(device: str, site: Path | None, base: dict[str, str]) -> dict
         environment.pop("CUDA_LAUNCH_BLOCKING", None)
     else:
         environment["MEGATRON_DEPT_REHEARSE_GPU"] = "1"
-        environment.setdefault("OMP_NUM_THREADS", "2")
+        environment.setdefault("OMP_NUM_THREADS", "1")
     return environment

@@ -11,7 +11,7 @@ KEPT_TESTS = 40
 
 def write(folder: Path, entries: Sequence[dict[str, Any]], command: str, device: str) -> tuple[Path, Path]:
     """Write `gpu-<card>.json` and `.md` into `folder`; a rehearsal's files say so in their names too."""
-    facts = next((entry["data"] for entry in entries if entry["step"] == "facts" and entry["data"]), {})
+    facts: dict[str, Any] = next((each["data"] for each in entries if each["step"] == "facts" and each["data"]), {})
     name = "gpu-rehearsal" if device == "cpu" else f"gpu-{slug(str(facts.get('card', 'unknown')))}"
     folder.mkdir(parents=True, exist_ok=True)
     whole = {"rehearsal": device == "cpu", "command": command, "facts": facts, "steps": list(entries)}

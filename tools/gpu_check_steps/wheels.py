@@ -4,6 +4,7 @@ The machine's own torch, and all that torch needs, is never asked for and never 
 """
 
 import ast
+import importlib
 import json
 import re
 import shutil
@@ -82,16 +83,16 @@ def closure(
 def _packaging(python: str) -> tuple[Any, dict[str, str]]:
     """The class `Requirement`, and the markers' environment of Python `python` on x86-64 Linux."""
     try:
-        from packaging.markers import default_environment
-        from packaging.requirements import Requirement
+        markers, requirements = (importlib.import_module(f"packaging.{name}") for name in ("markers", "requirements"))
     except ImportError:  # pip brings its own
-        from pip._vendor.packaging.markers import default_environment
-        from pip._vendor.packaging.requirements import Requirement
-    environment = dict(default_environment())
+        markers, requirements = (
+            importlib.import_module(f"pip._vendor.packaging.{name}") for name in ("markers", "requirements")
+        )
+    environment: dict[str, str] = dict(markers.default_environment())
     environment |= {"python_version": python, "python_full_version": f"{python}.0", "implementation_name": "cpython"}
     environment |= {"sys_platform": "linux", "platform_system": "Linux", "os_name": "posix"}
     environment |= {"platform_machine": "x86_64"}
-    return Requirement, environment
+    return requirements.Requirement, environment
 
 
 def requirements_here(name: str) -> list[str]:
