@@ -66,9 +66,10 @@ def _first_line(error: BaseException) -> str:
 
 def quantizer(size: Sizes, device: torch.device, copy: float) -> dict[str, Any]:
     """DeepSpeed's quantizer beside body_pack int8: fp16 in, blocks of 256, without subtraction and error feedback."""
-    # A peer like others, and imported like them: only the engine imports DeepSpeed by name.
+    from deepspeed.ops.op_builder import QuantizerBuilder
+
     began = time.perf_counter()
-    module = importlib.import_module("deepspeed.ops.op_builder").QuantizerBuilder().load()
+    module = QuantizerBuilder().load()
     built = time.perf_counter() - began
     elements = size.elements // reference.BLOCK * reference.BLOCK
     inputs = [torch.randn(elements, device=device, dtype=torch.float16) for _ in range(2)]

@@ -108,8 +108,9 @@ def test_only_the_engine_imports_deepspeed():
         for path in sources()
         if any(name.split(".")[0] == "deepspeed" for name in imports(*parsed(path)))
     }
-    # The tests' fork server imports it ahead, so that a rank need not; a benchmark has plain DeepSpeed as its peer.
-    assert importers <= {("megatron_dept", "engine"), ("tests", "support"), ("benchmarks", "layouts.py")}
+    # The tests' fork server imports it ahead, so that a rank need not; benchmarks have plain DeepSpeed as their peer.
+    peers = {("benchmarks", "layouts.py"), ("benchmarks", "gpu_kernels.py")}
+    assert importers <= {("megatron_dept", "engine"), ("tests", "support"), *peers}
 
 
 @pytest.mark.parametrize("room", WITHOUT_TORCH)
