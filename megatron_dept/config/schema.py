@@ -35,6 +35,14 @@ class OuterConfig(Section):
     overlap: int = Field(
         0, ge=0, description="inner steps of the next round during which the exchange may still run; 0: none"
     )
+    wire: Literal["fp32", "bf16", "int8"] = Field(
+        "fp32", description="what the body's deltas and updates travel as between silos; int8 with error feedback"
+    )
+    bucket_mb: float = Field(
+        8.0,
+        gt=0,
+        description="MB of fp32 deltas packed, sent and unpacked at once, beside others; no number depends on it",
+    )
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -234,6 +242,7 @@ class RunConfig(Section):
                 f"dept.sources_per_round {sampled} exceeds the {len(self.sources)} sources; set it to at most that"
             )
         self._check_overlap()
+        self._check_wire()
         self._check_homes()
         self.parallel.check_model(self.model)
         if self.training.precision == "bf16" and self.parallel.zero_stage == 0:
@@ -256,6 +265,22 @@ class RunConfig(Section):
             raise ValueError(
                 f"dept.outer.overlap {overlap} with federation.backend mpi: an MPI library may not let two threads "
                 "communicate at once; set federation.backend: gloo, or dept.outer.overlap: 0"
+            )
+
+    def _check_wire(self) -> None:
+        wire, shapes = self.dept.outer.wire, self.parallel.shapes
+        if self.dept.synchronous or wire == "fp32":
+            return
+        if shapes is not None and len(set(shapes)) > 1:
+            raise ValueError(
+                f"dept.outer.wire {wire} with silos of different parallel.shapes: elements that go by their names "
+                "travel as fp32; set dept.outer.wire: fp32, or give all silos one shape"
+            )
+        if wire == "int8" and self.parallel.most_tensor_ranks > 1:
+            raise ValueError(
+                "dept.outer.wire int8 with tensor_model_parallel_size "
+                f"{self.parallel.most_tensor_ranks}: tensor ranks hold copies of norms and biases, which would lie in "
+                "different blocks and drift apart; set dept.outer.wire: bf16"
             )
 
     def _check_homes(self) -> None:

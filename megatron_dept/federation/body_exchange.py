@@ -1,48 +1,60 @@
 """The outer exchange of the body on ZeRO partitions, where all silos are cut alike.
 
-A rank's fp32 partition of the body (`n` elements) is exchanged with the same coordinate of the other silos only: the
-deltas are reduce-scattered, each of the S silos runs the outer optimizer on its 1/S share, and the new values are
-gathered back. No rank ever holds the whole body. The reduction is an all-to-all and a local sum in silo order: fp32
-sums with one fixed order, on gloo cheaper than its reduce-scatter, which is an all-reduce inside.
+A rank's fp32 partition of the body (`n` elements) is exchanged with the same coordinate of the other silos only:
+deltas go to their owners, each of the S silos runs the outer optimizer on its 1/S share, and what comes of it goes back
+to all. No rank ever holds the whole body. It goes bucket by bucket (`buckets`). Owners sum in fp32, in silo order; on
+gloo that is cheaper than its reduce-scatter too, which is an all-reduce inside. Where NCCL sums fp32 on the way, three
+and more silos are summed in its order.
+
+On the wire are fp32, bf16, or int8 blocks with scales (`ops.body`). int8 has error feedback: what it could not say of a
+delta or of an update is kept and added the next time. Back go fp32 new values, or packed updates, which every silo, the
+owner too, applies in the same way: bodies stay equal to the bit.
 """
 
 import copy
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from megatron_dept.common.segments import Segment
-from megatron_dept.common.sizes import FP32_BYTES
-from megatron_dept.dept.averaging import mean_delta
-from megatron_dept.dept.outer import OuterRule, outer_step
+from megatron_dept.dept.outer import OuterRule
+from megatron_dept.federation.buckets import Packing, Ring, Shares, exchange_bytes, travel
 from megatron_dept.federation.communicator import Communicator
-from megatron_dept.federation.exchange import Handed, accept_state, commit_mean, new_momentum
-
-
-def share_size(partition: int, silos: int) -> int:
-    """Elements of the share that each silo owns of a partition of `partition` elements (padded to divide)."""
-    return -(-partition // silos)
-
-
-def exchange_bytes(partition: int, silos: int) -> int:
-    """Bytes a rank sends in a round for a partition of so many elements: its slices of the deltas, and its share."""
-    return 2 * (silos - 1) * share_size(partition, silos) * FP32_BYTES
+from megatron_dept.federation.exchange import Handed, Prepared, Residual, accept_state, commit_mean, new_momentum
+from megatron_dept.federation.round_delta import RoundDelta
+from megatron_dept.ops.body import Wire, body_apply, body_mean, body_pack, body_unpack
 
 
 class BodyExchange:
-    """An `Exchange` among peers. `delta`: fp32 [S * share]; `momentum`: fp32 [share], [n] where everyone keeps it."""
+    """An `Exchange` among peers. `momentum`: fp32 [share], [n] where everyone keeps it.
+
+    With int8 two more: `residual` fp32 [n] of this silo's deltas, `update_residual` fp32 [share] of what it owns.
+    Where everyone keeps the momentum, what a mean lost goes into its owner's `residual`, so that no state depends on
+    who takes part.
+    """
 
     def __init__(
-        self, peers: Communicator, partition: Tensor, rule: OuterRule, everyone_keeps_momentum: bool = False
+        self,
+        peers: Communicator,
+        partition: Tensor,
+        rule: OuterRule,
+        everyone_keeps_momentum: bool = False,
+        packing: Packing = Packing(),  # noqa: B008  frozen
     ) -> None:
-        """With `everyone_keeps_momentum` the mean deltas are gathered instead of the new values: equally many bytes."""
-        self._peers = peers
+        """With `everyone_keeps_momentum` mean deltas are gathered instead of new values: equally many bytes."""
         self._rule = rule
         self._everyone = everyone_keeps_momentum
+        self._packing = packing
         self.value = partition.clone()
-        self.share = share_size(partition.numel(), peers.size)
-        self.delta = partition.new_zeros(peers.size * self.share)
+        self._delta = RoundDelta(self.value)
+        self._join(peers)
         self.momentum = new_momentum(rule, partition, partition.numel() if self._everyone else self.share)
+        feedback = packing.wire == "int8" and (self._everyone or peers.size > 1)
+        self.residual = torch.zeros_like(partition) if feedback else None
+        self.update_residual = partition.new_zeros(self.share) if feedback and not self._everyone else None
+        # A transfer that was given up may still write into its buffers: where that happens each has its own.
+        self._ring = None if self._everyone else self._new_ring()
 
     def among(self, peers: Communicator) -> "BodyExchange":
         """This exchange, its value, delta and momentum, among other peers; `commit` on either ends the round of both.
@@ -51,8 +63,17 @@ class BodyExchange:
         """
         assert self._everyone, "shares of the momentum cannot change hands"
         other = copy.copy(self)
-        other._peers, other.share = peers, share_size(self.value.numel(), peers.size)
+        other._join(peers)
         return other
+
+    def _join(self, peers: Communicator) -> None:
+        self._peers = peers
+        self._shares = Shares.cut(self.value.numel(), peers.size, self._packing.bucket_mb)
+        # Alone, nothing travels and nothing is lost.
+        self._wire: Wire = self._packing.wire if peers.size > 1 else "fp32"
+
+    def _new_ring(self) -> Ring:
+        return Ring(self._shares, self._wire, self.value.device)
 
     @torch.no_grad()
     def hand_over(self, giver: int) -> Handed:
@@ -67,23 +88,29 @@ class BodyExchange:
         return told[0], told[1]
 
     def accept(self, handed: Handed) -> None:
-        """Go on from what `hand_over` returned; sends nothing."""
+        """Go on from what `hand_over` returned; sends nothing. What int8 still owed of earlier rounds is forgotten."""
         accept_state((self.value, self.momentum), handed)
+        if self.residual is not None:
+            self.residual.zero_()
+
+    @property
+    def share(self) -> int:
+        """Elements of a full share."""
+        return self._shares.share
 
     @property
     def round_bytes(self) -> int:
         """Bytes that this rank sends in `finish`."""
-        return exchange_bytes(self.value.numel(), self._peers.size)
+        return exchange_bytes(self.value.numel(), self._peers.size, self._peers.rank, self._wire)
 
     @property
     def own(self) -> slice:
         """Where this silo's share lies in the partition; the last shares may be cut short or empty."""
-        start = min(self._peers.rank * self.share, self.value.numel())
-        return slice(start, min(start + self.share, self.value.numel()))
+        return self._shares.of(self._peers.rank)
 
     @property
     def owned_value(self) -> Tensor:
-        """fp32, this silo's share of the partition, without padding: a view of `value`."""
+        """fp32, this silo's share of the partition: a view of `value`."""
         return self.value[self.own]
 
     @property
@@ -102,16 +129,30 @@ class BodyExchange:
         """Names for `momentum`: of the share, or of the whole partition where everyone keeps it."""
         return list(segments) if self._everyone else self.owned(segments)
 
+    def residuals(self, segments: list[Segment]) -> list[Residual]:
+        """int8's: of this silo's deltas, and of the updates of its share."""
+        found = []
+        if self.residual is not None:
+            found.append(Residual("delta", self.residual, list(segments), of_silo=True))
+        if self.update_residual is not None:
+            found.append(Residual("update", self.update_residual, self.owned(segments), of_silo=False))
+        return found
+
     def adopt(self) -> None:
         """Nothing to do: a share is a view of `value`."""
 
-    @torch.no_grad()
-    def add(self, local: Tensor) -> None:
-        """Add value - local to the round's delta; `local` (fp32 [n]) is consumed: it becomes local - value.
+    @property
+    def delta(self) -> Tensor:
+        """fp32 [n], the sum of (value - local) so far; read only."""
+        return self._delta.total()
 
-        One rounded difference a source, so that sources added in turn here, or one by each silo, sum to the same bits.
-        """
-        self.delta[: self.value.numel()].sub_(local.sub_(self.value))
+    def load_delta(self, total: Tensor) -> None:
+        """Go on from a saved sum, fp32 [n]; `total` is taken over."""
+        self._delta.load(total)
+
+    def add(self, local: Tensor) -> None:
+        """Add value - local to the round's delta; `local` (fp32 [n]) is consumed: it is kept, and written to."""
+        self._delta.add(local)
 
     @torch.no_grad()
     def finish(self, sources: int) -> None:
@@ -123,36 +164,71 @@ class BodyExchange:
             self.commit(self.prepare(sources))
             return
         if sources:
-            new = self.delta.new_zeros(self.share)
-            own = self.own
-            new[: own.stop - own.start] = self.value[own]
-            outer_step(self._rule, new, self._mean_share(sources), self.momentum)
-            self.value.copy_(self._peers.all_gather(new, "body")[: self.value.numel()])
-        self.delta.zero_()
+            assert self._ring is not None
+            pack = partial(self._pack, *self._delta.operands(), self.residual)
+            travel(self._peers, self._shares, self._wire, self._ring, pack, partial(self._settle, sources), self._apply)
+        self._delta.reset()
+
+    def _pack(self, a: Tensor, b: Tensor | None, residual: Tensor | None, place: slice, out: Tensor) -> None:
+        """The delta a - b (b None: a) of some elements into bytes."""
+        if place.start < place.stop:
+            subtracted = None if b is None else b[place]
+            kept = None if residual is None else residual[place]
+            if self._wire == "int8" or kept is None:
+                body_pack(a[place], subtracted, None, kept, self._wire, out)
+            else:
+                # A silo alone: what its wire owed is paid in full.
+                body_pack(a[place], subtracted, kept, None, self._wire, out)
+                kept.zero_()
+
+    def _settle(self, sources: int, place: slice, received: Tensor, back: Tensor) -> None:
+        """The outer step on some elements of this silo's share; what it makes of them, for all to apply."""
+        if place.start == place.stop:
+            return
+        of_share = slice(place.start - self.own.start, place.stop - self.own.start)
+        momentum = None if self.momentum is None else self.momentum[of_share]
+        residual = None if self.update_residual is None else self.update_residual[of_share]
+        rate, mu = self._rule.learning_rate, self._rule.momentum
+        body_unpack(received, sources, self.value[place], momentum, rate, mu, self._wire, back, residual)
+
+    def _apply(self, place: slice, back: Tensor) -> None:
+        if place.start < place.stop:
+            body_apply(back, self.value[place], self._wire)
 
     @torch.no_grad()
-    def prepare(self, sources: int) -> Tensor | None:
+    def prepare(self, sources: int) -> Prepared | None:
         """The mean delta of the partition, fp32 [n]; None where nobody contributed. Changes nothing."""
         assert self._everyone, "a round ends in two halves only where everyone keeps the momentum"
         if not sources:
             return None
-        return self._peers.all_gather(self._mean_share(sources), "body")[: self.value.numel()]
+        mean = torch.empty_like(self.value)
+        residual = None if self.residual is None else self.residual.clone()
+        pack = partial(self._pack, *self._delta.operands(), residual)
 
-    def commit(self, mean: Tensor | None) -> None:
+        def settle(place: slice, received: Tensor, back: Tensor) -> None:
+            if place.start == place.stop:
+                return
+            body_mean(received, sources, self._wire, mean[place])
+            if self._wire != "int8" or residual is None:
+                body_pack(mean[place], None, None, None, self._wire, back)
+                return
+            lost = torch.zeros_like(mean[place])
+            body_pack(mean[place], None, None, lost, self._wire, back)
+            residual[place].add_(lost.mul_(sources))
+
+        def apply(place: slice, back: Tensor) -> None:
+            if place.start < place.stop:
+                body_mean(back.view(1, -1), 1, self._wire, mean[place])
+
+        travel(self._peers, self._shares, self._wire, self._new_ring(), pack, settle, apply)
+        return Prepared(mean, residual)
+
+    def commit(self, prepared: Prepared | None) -> None:
         """End the round with what `prepare` returned."""
         assert self._everyone, "a round ends in two halves only where everyone keeps the momentum"
-        commit_mean(self._rule, self.value, self.delta, self.momentum, mean)
-
-    def _mean_share(self, sources: int) -> Tensor:
-        """The mean delta of this silo's share, fp32 [share]."""
-        silos, share = self._peers.size, self.share
-        # Another number of peers than the delta was padded for: see `among`.
-        delta = self.delta[: self.value.numel()]
-        padding = silos * share - len(delta)
-        delta = torch.nn.functional.pad(delta, (0, padding)) if len(self.delta) != silos * share else self.delta
-        received = self._peers.all_to_all(delta, [share] * silos, [share] * silos, "body").view(silos, share)
-        # Alone, what is received is the delta itself, which must stay.
-        total = received[0].clone() if silos == 1 else received[0]
-        for silo in range(1, silos):
-            total.add_(received[silo])
-        return mean_delta(total, sources)
+        if prepared is not None:
+            commit_mean(self._rule, self.value, self.momentum, prepared.mean)
+            if self.residual is not None:
+                assert prepared.residual is not None
+                self.residual.copy_(prepared.residual)
+        self._delta.reset()

@@ -8,7 +8,7 @@ DeepSpeed world stays whole and knows of no other. Every collective here names t
 import pickle
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal, Protocol
@@ -25,18 +25,29 @@ from megatron_dept.federation.ledger import (
     all_reduce_bytes,
     reduce_scatter_bytes,
 )
+from megatron_dept.federation.pending import Counted, Done, Messages, Pending
 
 NO_LIMIT = timedelta(days=365)
 POLL_SECONDS = 0.005
+BUCKET_TAG = 1
+"""Of messages between pairs of a group's ranks."""
 
 
 class Communicator(Protocol):
-    """The collectives that rounds need; `rank` and `size` are within the group, `members` are ranks of the launch."""
+    """The collectives that rounds need; `rank` and `size` are within the group, `members` are ranks of the launch.
+
+    `sums_on_the_way`: a reduce-scatter is the cheap way to sum fp32 shares (NCCL); on gloo it is an all-reduce inside.
+    Collectives that are started and waited for later may overlap; all ranks start them in the same order.
+    """
 
     rank: int
     size: int
     members: tuple[int, ...]
+    sums_on_the_way: bool
 
+    def start_all_to_all(self, send: Sequence[Tensor], receive: Sequence[Tensor], kind: Kind) -> Pending: ...
+    def start_all_gather(self, mine: Tensor, receive: Sequence[Tensor], kind: Kind) -> Pending: ...
+    def start_reduce_scatter_sum(self, whole: Tensor, mine: Tensor, kind: Kind) -> Pending: ...
     def all_to_all(self, send: Tensor, send_counts: list[int], receive_counts: list[int], kind: Kind) -> Tensor: ...
     def all_gather(self, mine: Tensor, kind: Kind) -> Tensor: ...
     def all_reduce_sum(self, value: Tensor, kind: Kind) -> None: ...
@@ -55,6 +66,17 @@ class Alone:
     rank = 0
     size = 1
     members: tuple[int, ...] = ()
+    sums_on_the_way = False
+
+    def start_all_to_all(self, send: Sequence[Tensor], receive: Sequence[Tensor], kind: Kind) -> Pending:
+        return Done()
+
+    def start_all_gather(self, mine: Tensor, receive: Sequence[Tensor], kind: Kind) -> Pending:
+        return Done()
+
+    def start_reduce_scatter_sum(self, whole: Tensor, mine: Tensor, kind: Kind) -> Pending:
+        mine.copy_(whole)
+        return Done()
 
     def all_to_all(self, send: Tensor, send_counts: list[int], receive_counts: list[int], kind: Kind) -> Tensor:
         return send
@@ -92,6 +114,7 @@ class CountedCommunicator(ABC):
 
     failures: tuple[type[Exception], ...] = (RuntimeError,)
     """What the transport raises when the group is broken."""
+    sums_on_the_way = False
 
     def __init__(
         self,
@@ -111,6 +134,24 @@ class CountedCommunicator(ABC):
         self._device = device
         self._near = frozenset(near) - {rank}
         assert not members or len(members) == size, f"{len(members)} members of a group of {size}"
+
+    def start_all_to_all(self, send: Sequence[Tensor], receive: Sequence[Tensor], kind: Kind) -> Pending:
+        """Begin to send `send[i]` to every other rank i and to fill `receive[i]` with what comes from it.
+
+        All contiguous, of one dtype and of lengths that both ends know. Entries of this rank's own are left alone.
+        """
+        return self._start(send, receive, kind, "all_to_all")
+
+    def start_all_gather(self, mine: Tensor, receive: Sequence[Tensor], kind: Kind) -> Pending:
+        """Begin to send `mine` to every other rank i and to fill `receive[i]` with what comes from it, as above."""
+        return self._start([mine] * self.size, receive, kind, "all_gather")
+
+    def start_reduce_scatter_sum(self, whole: Tensor, mine: Tensor, kind: Kind) -> Pending:
+        """Begin to fill `mine` [n] with this rank's part of the sum over the ranks of `whole` [size * n]."""
+        with self._translated(kind):
+            pending = self._start_reduce_scatter(mine, whole)
+        sent = reduce_scatter_bytes(whole.numel() * whole.element_size(), self.size)
+        return Counted(pending, self._translated, kind, lambda: self._charge(kind, "reduce_scatter", sent))
 
     def all_to_all(self, send: Tensor, send_counts: list[int], receive_counts: list[int], kind: Kind) -> Tensor:
         """Send `send_counts[i]` leading elements (or rows) of `send`, in rank order, to rank i; return what came.
@@ -197,6 +238,9 @@ class CountedCommunicator(ABC):
     ) -> None: ...
 
     @abstractmethod
+    def _start_all_to_all(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Pending: ...
+
+    @abstractmethod
     def _all_gather(self, whole: Tensor, mine: Tensor) -> None: ...
 
     @abstractmethod
@@ -211,6 +255,17 @@ class CountedCommunicator(ABC):
     @abstractmethod
     def _start_barrier(self, token: Tensor) -> Any:
         """Begin a barrier without a time limit; returns what has `is_completed()` and a `wait()` that may raise."""
+
+    def _start_reduce_scatter(self, mine: Tensor, whole: Tensor) -> Pending:
+        """At once, unless the transport says otherwise."""
+        self._reduce_scatter(mine, whole)
+        return Done()
+
+    def _start(self, send: Sequence[Tensor], receive: Sequence[Tensor], kind: Kind, operation: str) -> Pending:
+        with self._translated(kind):
+            pending = self._start_all_to_all(send, receive)
+        sent = [tensor.numel() * tensor.element_size() for tensor in send]
+        return Counted(pending, self._translated, kind, lambda: self._charge_slices(kind, operation, sent))
 
     def _reduce(self, value: Tensor, how: Literal["sum", "max"], kind: Kind) -> None:
         with self._translated(kind):
@@ -257,6 +312,21 @@ class GroupCommunicator(CountedCommunicator):
         super().__init__(group.rank(), group.size(), ledger, scope, device, members, near)
         self.group = group
         self._staged = not _reaches_gpus(group)
+        self.sums_on_the_way = not self._staged and device.type == "cuda"
+
+    def _start_all_to_all(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Pending:
+        """On gloo as messages between pairs, sent from where it lies: its all-gather copies what it is given."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        if send[self.rank].is_cuda and not self._staged:
+            own = send[self.rank][:0]
+            lists = [[own if rank == self.rank else of[rank] for rank in range(self.size)] for of in (receive, send)]
+            return self.group.alltoall(lists[0], lists[1])
+        reached = {rank: self._reached(receive[rank]) for rank in others if receive[rank].numel()}
+        works = [self.group.recv([target], rank, BUCKET_TAG) for rank, target in reached.items()]
+        for rank in others:
+            if send[rank].numel():
+                works.append(self.group.send([self._reached(send[rank])], rank, BUCKET_TAG))
+        return Messages(works, [(receive[rank], it) for rank, it in reached.items() if it is not receive[rank]])
 
     def _all_to_all(self, received: Tensor, send: Tensor, receive_counts: list[int], send_counts: list[int]) -> None:
         with self._within_reach(received) as target:
@@ -276,6 +346,11 @@ class GroupCommunicator(CountedCommunicator):
     def _reduce_scatter(self, mine: Tensor, whole: Tensor) -> None:
         with self._within_reach(mine) as target:
             self.group._reduce_scatter_base(target, self._reached(whole), dist.ReduceScatterOptions()).wait()
+
+    def _start_reduce_scatter(self, mine: Tensor, whole: Tensor) -> Pending:
+        if self._staged:
+            return super()._start_reduce_scatter(mine, whole)
+        return self.group._reduce_scatter_base(mine, whole, dist.ReduceScatterOptions())
 
     def _broadcast(self, value: Tensor, source: int) -> None:
         options = dist.BroadcastOptions()

@@ -5,6 +5,7 @@ every rank runs the outer step on its whole partition, so that no state is lost 
 halves: `prepare` talks and changes nothing, `commit` changes and says nothing.
 """
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,6 +18,27 @@ Handed = tuple[Tensor, Tensor | None]
 """Another silo's state, as `hand_over` received it: values (or rows) and their momentum, fp32, shaped as one's own."""
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A round's end that has been talked about and not taken: the mean delta fp32 [n], and the residual after it."""
+
+    mean: Tensor
+    residual: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Residual:
+    """What a wire with error feedback still owes, fp32: `tensor`, named by `segments`.
+
+    `of_silo`: each silo has its own, and their sum is what counts; else it is of the one global body.
+    """
+
+    name: str
+    tensor: Tensor
+    segments: list[Segment]
+    of_silo: bool
+
+
 class Exchange(Protocol):
     """This rank's partition of the global body, the round's summed delta, and the outer optimizer's state."""
 
@@ -25,12 +47,18 @@ class Exchange(Protocol):
         """fp32 [n], the body as it stood when the round began."""
 
     @property
-    def delta(self) -> Tensor:
-        """fp32; its first n elements are the sum of (value - local) over the sources this silo has trained."""
-
-    @property
     def momentum(self) -> Tensor | None:
         """fp32 of this rank's share, of the whole partition where everyone keeps it, or None."""
+
+    @property
+    def delta(self) -> Tensor:
+        """fp32 [n], the sum of (value - local) over the sources this silo has trained in the round; read only."""
+
+    def load_delta(self, total: Tensor) -> None:
+        """Go on from a saved sum, fp32 [n]; `total` is taken over."""
+
+    def residuals(self, segments: list[Segment]) -> list[Residual]:
+        """What the wire owes after the rounds so far, to be saved and filled; `segments` name the partition."""
 
     @property
     def round_bytes(self) -> int:
@@ -62,23 +90,21 @@ class Exchange(Protocol):
         Every rank calls it with the same count. Nobody having contributed leaves the body as it was.
         """
 
-    def prepare(self, sources: int) -> Tensor | None:
-        """The round's mean delta of this rank's partition, fp32 [n]; None of no sources. Collective, changes nothing.
+    def prepare(self, sources: int) -> Prepared | None:
+        """The round's mean delta of this rank's partition; None of no sources. Collective, changes nothing.
 
         Only where everyone keeps the momentum.
         """
 
-    def commit(self, mean: Tensor | None) -> None:
+    def commit(self, prepared: Prepared | None) -> None:
         """End the round with what `prepare` returned: outer step, delta zero. Sends nothing."""
 
 
 @torch.no_grad()
-def commit_mean(rule: OuterRule, value: Tensor, delta: Tensor, momentum: Tensor | None, mean: Tensor | None) -> None:
-    """`Exchange.commit` on an exchange's tensors: `mean` is fp32 [n], or None of no sources."""
+def commit_mean(rule: OuterRule, value: Tensor, momentum: Tensor | None, mean: Tensor) -> None:
+    """The outer step of `Exchange.commit` on an exchange's tensors: `mean` is fp32 [n]."""
     assert momentum is None or len(momentum) == len(value), "commit is for exchanges whose ranks keep all momentum"
-    if mean is not None:
-        outer_step(rule, value, mean, momentum)
-    delta.zero_()
+    outer_step(rule, value, mean, momentum)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ memory. No message is longer than `CHUNK_BYTES`: MPI counts with 32 bits.
 mpi4py is imported, and with it MPI initialised, when the first communicator is asked for, not when this file is.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_dept.common.errors import FederationError
 from megatron_dept.federation.communicator import CountedCommunicator
 from megatron_dept.federation.ledger import Ledger, Scope
+from megatron_dept.federation.pending import Pending
 
 CHUNK_BYTES = 1 << 30
 
@@ -85,6 +86,15 @@ class MpiCommunicator(CountedCommunicator):
         self._mpi.Request.Waitall(requests)
         _fill(received, coming)
 
+    def _start_all_to_all(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Pending:
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        coming = {rank: _buffer(receive[rank]) for rank in others}
+        going = {rank: _bytes(send[rank]) for rank in others}
+        requests = [self._group.Irecv(chunk, source=rank) for rank in others for chunk in self._chunks(coming[rank])]
+        requests += [self._group.Isend(chunk, dest=rank) for rank in others for chunk in self._chunks(going[rank])]
+        arrivals = [(receive[rank], coming[rank]) for rank in others]
+        return _Messages(self._mpi.Request.Waitall, requests, arrivals, going)
+
     def _all_gather(self, whole: Tensor, mine: Tensor) -> None:
         own = _bytes(mine)
         gathered = np.empty((self.size, len(own)), np.uint8)
@@ -123,6 +133,27 @@ class MpiCommunicator(CountedCommunicator):
 
     def _chunks(self, buffer: np.ndarray) -> list[np.ndarray]:
         return [buffer[start : start + self._chunk] for start in range(0, len(buffer), self._chunk)]
+
+
+class _Messages:
+    """Messages under way, and where what comes is to go; keeps what goes until it has gone."""
+
+    def __init__(
+        self,
+        wait_all: Callable[[list[Any]], object],
+        requests: list[Any],
+        arrivals: list[tuple[Tensor, np.ndarray]],
+        going: Mapping[int, np.ndarray],
+    ) -> None:
+        self._wait_all = wait_all
+        self._requests = requests
+        self._arrivals = arrivals
+        self._going = going
+
+    def wait(self) -> None:
+        self._wait_all(self._requests)
+        for target, buffer in self._arrivals:
+            _fill(target, buffer)
 
 
 class _Arrival:

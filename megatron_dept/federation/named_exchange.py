@@ -21,7 +21,7 @@ from megatron_dept.common.segments import Segment
 from megatron_dept.dept.averaging import mean_delta
 from megatron_dept.dept.outer import OuterRule, outer_step
 from megatron_dept.federation.communicator import Communicator
-from megatron_dept.federation.exchange import Handed, accept_state, commit_mean, new_momentum
+from megatron_dept.federation.exchange import Handed, Prepared, Residual, accept_state, commit_mean, new_momentum
 from megatron_dept.federation.ledger import Kind
 from megatron_dept.federation.named_plan import COUNT, OFFSET, START, CanonicalOrder, primary, within
 
@@ -93,6 +93,14 @@ class NamedBodyExchange:
     def accept(self, handed: Handed) -> None:
         """Go on from what `hand_over` returned; sends nothing."""
         accept_state((self.value, self.momentum), handed)
+
+    def load_delta(self, total: Tensor) -> None:
+        """Go on from a saved sum, fp32 [n]."""
+        self.delta.copy_(total)
+
+    def residuals(self, segments: list[Segment]) -> list[Residual]:
+        """None: fp32 owes nothing."""
+        return []
 
     def _join(self, federation: Communicator) -> None:
         """Learn who holds what and who owns what among these ranks. Collective."""
@@ -178,19 +186,21 @@ class NamedBodyExchange:
         self.delta.zero_()
 
     @torch.no_grad()
-    def prepare(self, sources: int) -> Tensor | None:
+    def prepare(self, sources: int) -> Prepared | None:
         """The mean delta of the partition, fp32 [n]; None where nobody contributed. Changes nothing."""
         assert self._everyone, "a round ends in two halves only where everyone keeps the momentum"
         if not sources:
             return None
         mean = torch.zeros_like(self.value)
         self._answer(self._mean_share(sources), mean, "body")
-        return mean
+        return Prepared(mean)
 
-    def commit(self, mean: Tensor | None) -> None:
+    def commit(self, prepared: Prepared | None) -> None:
         """End the round with what `prepare` returned."""
         assert self._everyone, "a round ends in two halves only where everyone keeps the momentum"
-        commit_mean(self._rule, self.value, self.delta, self.momentum, mean)
+        if prepared is not None:
+            commit_mean(self._rule, self.value, self.momentum, prepared.mean)
+        self.delta.zero_()
 
     def _meet(
         self, silo: int, segments: list[Segment], shapes: Mapping[str, Sequence[int]]

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_dept.common.segments import Segment
 from megatron_dept.dept.outer import SCRATCH_ELEMENTS
 from megatron_dept.federation.background import Job
-from megatron_dept.federation.exchange import Exchange
+from megatron_dept.federation.exchange import Exchange, Prepared, Residual
 from megatron_dept.federation.ledger import Ledger
 
 
@@ -140,11 +140,21 @@ class OverlappedExchange:
         self.wait()
         self._exchange.add(local)
 
-    def prepare(self, sources: int) -> Tensor | None:
+    def load_delta(self, total: Tensor) -> None:
+        """See `Exchange`."""
+        self.wait()
+        self._exchange.load_delta(total)
+
+    def residuals(self, segments: list[Segment]) -> list[Residual]:
+        """See `Exchange`."""
+        self.wait()
+        return self._exchange.residuals(segments)
+
+    def prepare(self, sources: int) -> Prepared | None:
         """See `Exchange`; not in the background."""
         self.wait()
         return self._exchange.prepare(sources)
 
-    def commit(self, mean: Tensor | None) -> None:
+    def commit(self, prepared: Prepared | None) -> None:
         """See `Exchange`; not in the background."""
-        self._exchange.commit(mean)
+        self._exchange.commit(prepared)

@@ -20,6 +20,7 @@ from megatron_dept.engine.silo_engine import SiloEngine
 from megatron_dept.engine.world import World
 from megatron_dept.federation.background import Job
 from megatron_dept.federation.body_exchange import BodyExchange
+from megatron_dept.federation.buckets import Packing, refuse_packed
 from megatron_dept.federation.exchange import Handed
 from megatron_dept.federation.links import Link, Linker
 from megatron_dept.federation.membership import POLL_SECONDS, Leaving, Members, NextRound, Standing, stage_name
@@ -39,12 +40,13 @@ ROW_KINDS: Mapping[str, str] = {"token": "embedding", "position": "position"}
 
 
 def own_exchange(
-    world: World, joined: ElasticJoin, engine: SiloEngine, rule: OuterRule
+    world: World, joined: ElasticJoin, engine: SiloEngine, rule: OuterRule, packing: Packing
 ) -> "BodyExchange | NamedBodyExchange":
     """The body of a silo by itself, of the kind that the federation's shapes ask for; collective within the silo."""
     shards = engine.shards
     if joined.layout.equal:
-        return BodyExchange(world.peers, shards.read(), rule, everyone_keeps_momentum=True)
+        return BodyExchange(world.peers, shards.read(), rule, everyone_keeps_momentum=True, packing=packing)
+    refuse_packed(packing)
     return NamedBodyExchange(
         world.silo, shards.read(), shards.segments, engine.body_shapes, rule, joined.silo, everyone_keeps_momentum=True
     )
@@ -168,8 +170,8 @@ class Elastic:
             outcome = self._attempt(stage, standing.members, work, limit)
             attempt = self._next_attempt(attempt, expected, standing.members, outcome is not None)
             expected = standing.members
-        mean, totals, told, self._link = outcome
-        self._exchange.commit(mean)
+        prepared, totals, told, self._link = outcome
+        self._exchange.commit(prepared)
         for part, table in self._tables.items():
             table.commit(totals[part])
         self.told_bytes = self._summed(told)
@@ -204,12 +206,12 @@ class Elastic:
             link = self._linker.connect(stage, list(standing.members), limit)
         body = self._exchange.among(link.body)
         told = {"body": body.round_bytes if sources else 0}
-        mean, totals = body.prepare(sources), {}
+        prepared, totals = body.prepare(sources), {}
         for part, table in self._tables.items():
             joined = table.among(link.rows, link.row_silos, self._silo)
             told[ROW_KINDS[part]] = joined.round_bytes()
             totals[part] = joined.prepare()
-        return mean, totals, told, link
+        return prepared, totals, told, link
 
     def _merge(self, progress: RunProgress, standing: Standing) -> dict[str, object]:
         """The members' counts become everyone's; what the round's log entry says of them."""

@@ -5,6 +5,7 @@ from megatron_dept.dept.outer import OuterRule
 from megatron_dept.engine.silo_engine import SiloEngine
 from megatron_dept.engine.world import World
 from megatron_dept.federation.body_exchange import BodyExchange
+from megatron_dept.federation.buckets import Packing, refuse_packed
 from megatron_dept.federation.exchange import Exchange
 from megatron_dept.federation.named_exchange import NamedBodyExchange
 from megatron_dept.federation.overlapped_exchange import OverlappedExchange
@@ -20,7 +21,9 @@ def body_part(config: RunConfig, world: World, vocabulary: int) -> BodyPart:
     return BodyPart(world.tensor, sequence_parallel, layers, final_norm=world.last_stage)
 
 
-def build_exchange(world: World, engine: SiloEngine, rule: OuterRule, overlaps: bool = False) -> Exchange:
+def build_exchange(
+    world: World, engine: SiloEngine, rule: OuterRule, packing: Packing, overlaps: bool = False
+) -> Exchange:
     """Among peers where silos are equal, else by named slices among all ranks; collective.
 
     Silos that are launches of their own may be lost: each keeps the whole of what the outer step needs. `overlaps`: it
@@ -29,8 +32,9 @@ def build_exchange(world: World, engine: SiloEngine, rule: OuterRule, overlaps: 
     shards, silo, among = engine.shards, world.place.silo, world.exchange
     exchange: Exchange
     if world.layout.equal:
-        exchange = BodyExchange(among, shards.read(), rule, world.separate)
+        exchange = BodyExchange(among, shards.read(), rule, world.separate, packing)
     else:
+        refuse_packed(packing)
         shapes = engine.body_shapes
         exchange = NamedBodyExchange(among, shards.read(), shards.segments, shapes, rule, silo, world.separate)
     return OverlappedExchange(exchange, world.exchange_ledger) if overlaps else exchange

@@ -28,7 +28,7 @@ from megatron_dept.training.planning.steps import bytes_of_step
 from megatron_dept.training.resume import changes_line, resume_point
 from megatron_dept.training.save_schedule import waiting_rounds
 from megatron_dept.training.sources import SourceSet
-from megatron_dept.training.traffic_plan import TrafficPlan, itemised_body_bytes
+from megatron_dept.training.traffic_plan import TrafficPlan, itemised_body_bytes, silo_body_bytes
 
 
 def build_plan(config: RunConfig, ranks: int, sources: SourceSet | None = None) -> dict[str, Any]:
@@ -166,13 +166,17 @@ def _variant(config: RunConfig, layout: Layout, variant: Variant, sources: Sourc
     parts = [part for shape in layout.shapes for part in silo_parts(same, shape, largest)]
     itemised: dict[str, int] = {}
     if VARIANTS[variant].averages_body:
-        itemised = itemised_body_bytes(layout, parts, CanonicalOrder(body_shapes(config.model)))
+        itemised = itemised_body_bytes(layout, parts, CanonicalOrder(body_shapes(config.model)), config.dept.outer.wire)
     silo, body_bytes = config.federation.silo, sum(itemised.values())
     if silo is not None:
         body_bytes //= layout.silos
+        if itemised and layout.equal:
+            own = parts[: layout.shapes[0].size]
+            body_bytes = silo_body_bytes(own, layout.silos, silo, config.dept.outer.wire)
     traffic = TrafficPlan(same, layout, sources, body_bytes, silo)
     momentum = VARIANTS[variant].averages_body and config.dept.outer.momentum > 0
-    cuts = {shape: _cut(same, layout, shape) for shape in layout.shapes}
+    turns = len(sources.slots(sampled, layout.silos))
+    cuts = {shape: _cut(same, layout, shape, turns) for shape in layout.shapes}
     memory = max(
         (
             memory_of_rank(config.model, cut, variant, largest, vocab_size, stage, momentum)
@@ -199,9 +203,9 @@ def _variant(config: RunConfig, layout: Layout, variant: Variant, sources: Sourc
     }
 
 
-def _cut(config: RunConfig, layout: Layout, shape: SiloShape) -> Cut:
-    """A silo of `shape`, as the planning formulas want it."""
-    training = config.training
+def _cut(config: RunConfig, layout: Layout, shape: SiloShape, turns: int) -> Cut:
+    """A silo of `shape` that trains `turns` sources a round, as the planning formulas want it."""
+    training, outer = config.training, config.dept.outer
     return Cut(
         silos=layout.silos,
         pipe=shape.pipe,
@@ -217,7 +221,10 @@ def _cut(config: RunConfig, layout: Layout, shape: SiloShape) -> Cut:
         optimizer_moments=2 if config.optimizer.optimizer == "adamw" else 0,
         offload_optimizer=config.parallel.offload_optimizer,
         separate=config.federation.separate,
-        overlap=config.dept.outer.overlap,
+        wire=outer.wire,
+        bucket_mb=outer.bucket_mb,
+        overlap=outer.overlap,
+        turns=turns,
         all_ranks=None if layout.equal else layout.world_size,
         all_embedding_ranks=None if layout.equal else len(layout.embedding_ranks()),
     )
@@ -240,7 +247,9 @@ def _variants_table(plan: dict[str, Any]) -> Table:
         "rows, largest source",
         "model",
         "body",
-        "between silos + inside silos" if _is_named(plan) else "formula + copies + padding of partitions + of shares",
+        "between silos + inside silos"
+        if _is_named(plan)
+        else "formula + copies + padding of partitions + scales of int8",
         "embedding",
         "position",
         "gradients",

@@ -15,6 +15,9 @@ SHARED = ("seed", "phase", "model", "optimizer", "adapt")
 SHARED_DEPT = ("variant", "rounds", "n_local", "sources_per_round", "inner_state", "outer", "std_tau")
 SHARED_TRAINING = ("global_batch_size", "precision")
 SHARED_EMBEDDING = ("wire",)
+# Fields of these that no number depends on, and what fields were before there was a choice.
+WITHOUT_EFFECT = ("dept.outer.bucket_mb",)
+BEFORE = {"dept.outer.wire": "fp32", "dept.outer.overlap": 0}
 
 
 def resume_point(config: RunConfig, sources: SourceSet, name: str | None = None) -> Checkpoint | None:
@@ -75,5 +78,5 @@ def _leaves(path: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]
     if isinstance(before, dict) and isinstance(after, dict):
         for key in {**before, **after}:
             yield from _leaves(f"{path}.{key}", before.get(key), after.get(key))
-    elif before != after:
+    elif path not in WITHOUT_EFFECT and after != (BEFORE.get(path) if before is None else before):
         yield path, before, after

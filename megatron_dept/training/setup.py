@@ -28,6 +28,7 @@ from megatron_dept.dept.outer import OuterRule
 from megatron_dept.dept.variants import VARIANTS
 from megatron_dept.engine.build import build_engine
 from megatron_dept.engine.world import World, start_world, torchrun_serves
+from megatron_dept.federation.buckets import Packing
 from megatron_dept.federation.exchange import Exchange
 from megatron_dept.models.build import build_body
 from megatron_dept.topology.launch import Launch
@@ -162,11 +163,12 @@ def build_trainer(
     variant = VARIANTS[config.dept.variant]
     outer = config.dept.outer
     rule = OuterRule(outer.optimizer, outer.learning_rate, outer.momentum)
+    packing = Packing(outer.wire, outer.bucket_mb)
     exchange: Exchange | None = None
     if joined is not None:
-        exchange = own_exchange(world, joined, engine, rule)
+        exchange = own_exchange(world, joined, engine, rule, packing)
     elif variant.averages_body:
-        exchange = build_exchange(world, engine, rule, overlaps=outer.overlap > 0)
+        exchange = build_exchange(world, engine, rule, packing, overlaps=outer.overlap > 0)
     store = SourceStore(config.run_dir / "store", int(config.embedding.cache_gb * 1e9))
     broker = EmbeddingBroker(config, world, store, sources.vocab_size, rule)
     state = RunState(config, world, sources, engine, exchange, broker, store)

@@ -5,6 +5,7 @@ of one also, per source under way, its local body, embedding and inner optimizer
 Under outer.overlap, whose last exchange is waited for, also the body that it, and the local phases, began with.
 """
 
+import warnings
 import zlib
 from collections.abc import Collection
 from dataclasses import asdict
@@ -24,7 +25,7 @@ from megatron_dept.config.schema import RunConfig
 from megatron_dept.engine.embedding_owner import EmbeddingOwner
 from megatron_dept.engine.silo_engine import SiloEngine
 from megatron_dept.engine.world import World
-from megatron_dept.federation.exchange import Exchange
+from megatron_dept.federation.exchange import Exchange, Residual
 from megatron_dept.federation.overlapped_exchange import OverlappedExchange
 from megatron_dept.training.embeddings import (
     EmbeddingBroker,
@@ -164,6 +165,8 @@ class RunState:
         tensors = cut_by_name("body", value, mine)
         if momentum is not None:
             tensors |= cut_by_name("outer", momentum, mine)
+        for owed in exchange.residuals(segments):
+            tensors |= cut_by_name(self._residual_path(owed, self._world.place.silo), owed.tensor, owed.segments)
         if mid_round:
             tensors |= cut_by_name(f"delta/{self._world.place.silo}", exchange.delta, segments)
         return tensors
@@ -175,14 +178,42 @@ class RunState:
         exchange.adopt()
         if exchange.momentum is not None:
             index.fill(exchange.momentum, "outer", exchange.momentum_segments(segments))
-        exchange.delta.zero_()
-        if not mid_round:
-            return
-        # Sums of other silos than there are now are taken over in turn; the total is what counts.
-        saved = sorted({int(path.split("/")[0]) for path in index.paths("delta/")})
-        for silo in saved:
+        self._load_residuals(exchange, index, segments)
+        if mid_round and (total := self._sum_of_silos(index, "delta/", exchange.value, segments)) is not None:
+            exchange.load_delta(total)
+
+    def _load_residuals(self, exchange: Exchange, index: SliceIndex, segments: list[Segment]) -> None:
+        """What the wire owed: silos' by their sums, the owners' by name; nothing where the wire owed nothing then."""
+        residuals = exchange.residuals(segments)
+        for owed in residuals:
+            if owed.of_silo:
+                total = self._sum_of_silos(index, "residual/", owed.tensor, segments)
+                owed.tensor.zero_() if total is None else owed.tensor.copy_(total)
+            elif index.paths(f"{self._residual_path(owed, 0)}/"):
+                index.fill(owed.tensor, self._residual_path(owed, 0), owed.segments)
+        if index.paths("residual/") and not residuals and self._world.is_writer:
+            warnings.warn(
+                "what the last rounds' int8 wire still owed (under half a step of it an element) is dropped: one silo "
+                "sends nothing; keep at least two silos to go on exactly",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _sum_of_silos(self, index: SliceIndex, prefix: str, like: Tensor, segments: list[Segment]) -> Tensor | None:
+        """What this silo takes over of `prefix`'s sums, one a silo: its own, and those of silos there are no more.
+
+        They are summed in turn, for the total of all silos is what counts. None where there is nothing for it.
+        """
+        total = None
+        for silo in sorted({int(path.split("/")[0]) for path in index.paths(prefix)}):
             if silo % self._world.layout.silos == self._world.place.silo:
-                exchange.delta.add_(index.fill(torch.zeros_like(exchange.delta), f"delta/{silo}", segments))
+                of_silo = index.fill(torch.zeros_like(like), f"{prefix}{silo}", segments)
+                total = of_silo if total is None else total.add_(of_silo)
+        return total
+
+    @staticmethod
+    def _residual_path(owed: Residual, silo: int) -> str:
+        return f"residual/{silo}" if owed.of_silo else f"residual_of_{owed.name}"
 
     def _keeps_start(self, progress: RunProgress) -> bool:
         """Whether local phases to come begin with another body than the newest: the first round's do not."""

@@ -12,10 +12,11 @@ import numpy as np
 from megatron_dept.common.sizes import FP32_BYTES
 from megatron_dept.config.schema import RunConfig
 from megatron_dept.dept.variants import VARIANTS
-from megatron_dept.federation.body_exchange import share_size
+from megatron_dept.federation.buckets import ELEMENT_BYTES, exchange_bytes
 from megatron_dept.federation.named_plan import CanonicalOrder, named_exchange_bytes
 from megatron_dept.federation.row_spread import RowSpread, fetch_bytes, return_bytes
 from megatron_dept.models.vocabulary_shard import VocabularyShard
+from megatron_dept.ops.body import Wire
 from megatron_dept.topology.layout import Layout
 from megatron_dept.training.partitions import RankPart, partition_segments, row_spread, whole_body
 from megatron_dept.training.sources import SourceSet
@@ -134,11 +135,13 @@ class TrafficPlan:
         return [range(0 if rank % shape.tensor else rows) for rank in range(shape.embedding_ranks)]
 
 
-def itemised_body_bytes(layout: Layout, parts: Sequence[RankPart], order: CanonicalOrder) -> dict[str, int]:
+def itemised_body_bytes(
+    layout: Layout, parts: Sequence[RankPart], order: CanonicalOrder, wire: Wire = "fp32"
+) -> dict[str, int]:
     """Bytes that all ranks send in an outer exchange of the body, by what they are: the formula's, and what is on top.
 
-    Tensor ranks hold copies of norms and some biases, data ranks pad the body to equal partitions, silos pad each
-    partition to equal shares. Under ZeRO 0 the replicated body is cut over the data ranks, so nothing is sent twice.
+    Tensor ranks hold copies of norms and some biases, data ranks pad the body to equal partitions, int8 has a scale a
+    block of a share. Under ZeRO 0 the replicated body is cut over the data ranks, so nothing is sent twice.
     `parts`: what every rank holds, silo by silo; `order`: the body's. Between unequal silos elements go to owners that
     the names decide, and come back to all who hold them: nothing is padded, and little of it stays inside a silo.
     """
@@ -146,16 +149,21 @@ def itemised_body_bytes(layout: Layout, parts: Sequence[RankPart], order: Canoni
         return _named_bytes(layout, parts, order)
     shape = layout.shapes[0]
     body = whole_body(parts[: shape.size], shape.data)
-    moved = 2 * (layout.silos - 1) * FP32_BYTES
+    moved = 2 * (layout.silos - 1) * ELEMENT_BYTES[wire]
     of_silo = parts[: shape.size]
     held, partitions = sum(part.held for part in of_silo) // shape.data, sum(part.partition for part in of_silo)
-    shares = sum(share_size(part.partition, layout.silos) for part in parts)
+    sent = sum(silo_body_bytes(of_silo, layout.silos, silo, wire) for silo in range(layout.silos))
     return {
         "formula": moved * body,
         "copies_of_tensor_ranks": moved * (held - body),
         "partition_padding": moved * (partitions - held),
-        "share_padding": moved * (shares - partitions),
+        "scales": sent - moved * partitions,
     }
+
+
+def silo_body_bytes(parts: Sequence[RankPart], silos: int, silo: int, wire: Wire) -> int:
+    """Bytes that the ranks of one of equal silos send in an outer exchange of the body; `parts`: what they hold."""
+    return sum(exchange_bytes(part.partition, silos, silo, wire) for part in parts)
 
 
 def _named_bytes(layout: Layout, parts: Sequence[RankPart], order: CanonicalOrder) -> dict[str, int]:

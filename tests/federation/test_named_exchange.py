@@ -95,7 +95,7 @@ def _history(
                 before = exchange.delta.clone(), exchange.value.clone()
                 mean = exchange.prepare(sum(counts))
                 again = exchange.prepare(sum(counts))
-                assert (mean is None) == (again is None) and (mean is None or torch.equal(mean, again))
+                assert (mean is None) == (again is None) and (mean is None or torch.equal(mean.mean, again.mean))
                 assert torch.equal(before[0], exchange.delta) and torch.equal(before[1], exchange.value)
                 sent = {key: count // 2 for key, count in groups.ledger.take().items()}
                 exchange.commit(mean)

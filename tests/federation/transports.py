@@ -1,5 +1,6 @@
 """Everything rounds do over a communicator, once over each transport: results that must be equal, with their bytes."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -7,10 +8,12 @@ import torch
 from torch import Tensor
 
 from megatron_dept.federation.body_exchange import BodyExchange
+from megatron_dept.federation.buckets import Packing
 from megatron_dept.federation.communicator import Communicator
 from megatron_dept.federation.named_exchange import NamedBodyExchange
 from megatron_dept.federation.row_spread import RowSpread
 from megatron_dept.federation.row_table import RowTable
+from megatron_dept.ops.body import WIRES
 from tests.federation.cuts import BACKWARD, ELEMENTS, SHAPES, TENSOR, WHOLE, Part
 from tests.federation.groups import Connect, join_silos
 from tests.federation.outer_reference import NESTEROV, Case, busy_rounds, local_body, start
@@ -81,13 +84,15 @@ def _collectives(connect: Connect, rank: int, size: int) -> list[Any]:
 def _equal_silos(connect: Connect, rank: int, size: int) -> list[Any]:
     """Two silos of data ranks: partitions among peers, rows too."""
     groups = join_silos(connect, "equal", rank, (size // 2,) * 2, among_peers=True)
-    case, (silo, inside) = Case(101, NESTEROV, busy_rounds(2)), groups.place
+    case, (silo, inside) = Case(1601, NESTEROV, busy_rounds(2)), groups.place
     seen: list[Any] = []
-    for everyone in (False, True):
-        exchange = BodyExchange(groups.peers, torch.from_numpy(start(inside, 101)), case.rule, everyone)
+    for everyone, wire in itertools.product((False, True), WIRES):
+        # Buckets of one block, so that the larger partition travels in several at once.
+        packing = Packing(wire, bucket_mb=1e-9)
+        exchange = BodyExchange(groups.peers, torch.from_numpy(start(inside, 1601)), case.rule, everyone, packing)
         for round, counts in enumerate(case.rounds):
             for source in range(counts[silo]):
-                exchange.add(torch.from_numpy(local_body(inside, round, silo, source, 101)))
+                exchange.add(torch.from_numpy(local_body(inside, round, silo, source, 1601)))
             exchange.finish(sum(counts))
             seen.append((bits(exchange.value), bits(exchange.momentum), groups.ledger.take()))
     spread = RowSpread.of_peers(23, 2, size // 2)

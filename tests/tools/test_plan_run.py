@@ -87,7 +87,16 @@ def test_memory_by_hand():
     assert (found.weights, found.gradients) == (2 * SMALL_BODY, 4 * SMALL_BODY)
     assert partition([SMALL_BODY], cut) == 880
     assert (found.masters, found.moments) == (4 * 880, 8 * 880)
-    assert found.outer == 4 * (880 + 3 * 294)  # the start; three shares of the delta, 880 padded to 882
+    # The start; two rows of each of three shares, 880 / 3 rounded up, in one bucket; then of two sources in turn.
+    assert found.outer == 4 * (880 + 6 * 294)
+    in_turn = memory_of_rank(SMALL, replace(cut, turns=2), "trim", 97, 100, 0)
+    assert in_turn.outer - found.outer == 4 * 880
+    # 294 bytes, rounded up to fours, and scales of two blocks; what is owed of the partition and of the share.
+    int8 = memory_of_rank(SMALL, replace(cut, wire="int8"), "trim", 97, 100, 0)
+    assert int8.outer == 4 * (880 + 880 + 294) + 6 * (296 + 2 * 4)
+    # The next round's start, and this round's delta, while the exchange is under way.
+    overlapped = memory_of_rank(SMALL, replace(cut, overlap=1), "trim", 97, 100, 0)
+    assert overlapped.outer - found.outer == 4 * (880 + 880)
     assert found.embedding == (97 + 16) * 8 * (5 * 4 + 2)  # value, gradient, two moments, start; bf16 copy
     assert found.activations == 2 * 16 * (16 * 8) * 2  # 16 tokens of 16 h values in each of two layers
     assert found.logits == 4 * 16 * 97
@@ -113,7 +122,7 @@ def test_memory_of_separate_launches():
     cut = Cut(3, data=2, zero_stage=1, micro_batch=1, global_batch=4, separate=True)
     found = memory_of_rank(SMALL, cut, "trim", 97, 100, 0, momentum=True)
     assert found.row_table == 3 * 4 * 8 * (50 + 8)
-    assert found.outer == 4 * (880 + 3 * 294 + 880)
+    assert found.outer == 4 * (880 + 880), "start and momentum; buffers are made for each exchange"
 
 
 def test_memory_of_unequal_silos():

@@ -197,20 +197,24 @@ def _dies_exchanging_rows(round: int, config: RunConfig) -> None:
 
 
 def _dies_exchanging(round: int, config: RunConfig) -> None:
-    from megatron_dept.federation.body_exchange import BodyExchange
+    """Between the deltas' way to their owners and the means' way back."""
+    from megatron_dept.federation import body_exchange
 
-    whole, prepares = BodyExchange._mean_share, -1
+    prepare, mean, prepares = body_exchange.BodyExchange.prepare, body_exchange.body_mean, -1
 
-    def last(self: BodyExchange, sources: int) -> Any:
+    def counted(self: body_exchange.BodyExchange, sources: int) -> Any:
         nonlocal prepares
         prepares += 1
-        mean = whole(self, sources)
+        return prepare(self, sources)
+
+    def last(*arguments: Any) -> None:
+        mean(*arguments)
         if prepares == round:
             time.sleep(0.5)
             _die()
-        return mean
 
-    BodyExchange._mean_share = last  # type: ignore[method-assign]
+    body_exchange.BodyExchange.prepare = counted  # type: ignore[method-assign]
+    body_exchange.body_mean = last
 
 
 def _dies_saving(save: int, config: RunConfig) -> None:

@@ -148,8 +148,8 @@ def test_the_plan_counts_idle_silos(
 
 
 def test_the_plan_itemises_the_bodys_padding(corpus: Corpus, tmp_path: Path) -> None:
-    """25,472 elements over 3 data ranks and 2 silos under ZeRO 0: the body is padded to a multiple of 3, each rank's
-    part then to a multiple of 2; whatever is not the formula's is padding, and the sum is what is sent."""
+    """25,472 elements over 3 data ranks and 2 silos under ZeRO 0: the body is padded to a multiple of 3; whatever is
+    not the formula's is padding, and the sum is what is sent."""
     parallel = {"silos": 2, "zero_stage": 0}
     config = small_config(corpus, tmp_path, parallel=parallel, training={"global_batch_size": 6})
     plan = build_plan(config, 6)
@@ -157,12 +157,11 @@ def test_the_plan_itemises_the_bodys_padding(corpus: Corpus, tmp_path: Path) -> 
     body = plan["body_parameters"]
     moved = 2 * (2 - 1) * 4
     padded = -(-body // 3) * 3
-    shares = 2 * -(-padded // 3 // 2) * 3
     assert entry["body_bytes_itemised"] == {
         "formula": moved * body,
         "copies_of_tensor_ranks": 0,
         "partition_padding": moved * (padded - body),
-        "share_padding": moved * (shares - padded),
+        "scales": 0,
     }
     assert sum(entry["body_bytes_itemised"].values()) == entry["bytes_first_round"]["body"]
-    assert padded > body and shares > padded
+    assert padded > body

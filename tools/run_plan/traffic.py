@@ -15,7 +15,6 @@ from megatron_dept.training.planning.cut import (
     layers_of_stages,
     parameters_of_rank,
     partition,
-    share,
 )
 from megatron_dept.training.planning.steps import data_passes, stage_traffic, table_elements
 from run_plan.cluster import Cluster
@@ -76,15 +75,15 @@ def bytes_of_round(
 def exchange_bytes(model: ModelConfig, cut: Cut, variant: Variant, rows: int) -> dict[str, float]:
     """Bytes between silos in one outer exchange, of all ranks, by kind.
 
-    body: each rank reduce-scatters its fp32 partition among its S peers and gathers it back, 2 (S - 1) shares each.
+    body: each silo sends the others their shares of its deltas, and its own share's new values to each of them.
     Shared rows: S silos fetch `rows` rows and return their deltas; (S - 1) / S of a row's owners are in other silos.
     """
     parts = [
         partition(parameters_of_rank(model, cut.tensor, layers, stage == cut.pipe - 1), cut)
         for stage, layers in enumerate(layers_of_stages(model, cut, rows))
     ]
-    shares = sum(share(part, cut.silos) for part in parts) * cut.data * cut.tensor
-    found = {"body": float(2 * cut.silos * (cut.silos - 1) * shares * FP32_BYTES)}
+    partitions = sum(parts) * cut.data * cut.tensor
+    found = {"body": float(2 * (cut.silos - 1) * partitions * FP32_BYTES)}
     rule = VARIANTS[variant]
     a_row = 2.0 * (cut.silos - 1) * model.hidden_size * FP32_BYTES
     if rule.token_rows == "shared":

@@ -12,8 +12,10 @@ from pydantic import ValidationError
 from megatron_dept.common.errors import ConfigError
 from megatron_dept.common.sizes import FP32_BYTES
 from megatron_dept.config.schema import ModelConfig, ParallelConfig
+from megatron_dept.federation.buckets import Packing
 from megatron_dept.models.flops import head_flops_per_token, layer_flops_per_token
 from megatron_dept.models.pipeline import stage_layers
+from megatron_dept.ops.body import Wire
 
 ALIGNMENT = 2
 """ZeRO 1 and 2 pad the flat body to this many elements a data rank (DeepSpeed's nccl_start_alignment_factor)."""
@@ -42,6 +44,11 @@ class Cut:
     """Silos are launches of their own: each has all rows of shared tables and the whole outer momentum."""
     overlap: int = 0
     """Inner steps of the next round during which the body's outer exchange may still run."""
+    wire: Wire = "fp32"
+    """What travels in the outer exchange, in buckets of so many MB."""
+    bucket_mb: float = Packing.bucket_mb
+    turns: int = 1
+    """Sources that a silo trains one after another in a round."""
     all_ranks: int | None = None
     """Of all silos, where they are cut differently; else S P D T."""
     all_embedding_ranks: int | None = None

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from megatron_dept.common.sizes import FP32_BYTES, LARGEST_BUCKET
 from megatron_dept.config.schema import ModelConfig, Variant
 from megatron_dept.dept.variants import VARIANTS
+from megatron_dept.federation.buckets import Shares, ring_bytes
 from megatron_dept.models.flops import body_parameters
 from megatron_dept.training.planning.cut import (
     Cut,
@@ -53,8 +54,7 @@ def memory_of_rank(
       reduction buffer, fp32 and as large as the body up to a limit. gradients: fp32, in which micro-batches are summed,
       x held (0, 1) or x partition (2, 3). masters: 4 x partition under ZeRO. moments: 8 x partition (x held under ZeRO
       0) with AdamW. host: these where the optimizer is offloaded (`_optimizer`).
-    - outer: see `outer_elements`; where it overlaps, the body before it too. row_table: this rank's rows, their sums
-      and momentum.
+    - outer: see `outer_bytes`. row_table: this rank's rows, their sums and momentum.
     - embedding: fp32 table, gradient, moments, the round's start where rows are shared, and the copy in compute
       precision; first and last stage have it, the position table is the first stage's.
     """
@@ -64,9 +64,7 @@ def memory_of_rank(
     held, part = sum(sizes), partition(sizes, cut)
     rule = VARIANTS[variant]
     shared = rule.token_rows == "shared"
-    # Local phases begin with the body that the exchange in the background began with.
-    start = part if cut.overlap and rule.averages_body else 0
-    outer = outer_elements(model, cut, part, momentum) if rule.averages_body else 0
+    outer = outer_bytes(model, cut, part, momentum) if rule.averages_body else 0
     positions = model.seq_length if model.has_position_table else 0
     table = (-(-rows // cut.tensor) * (first or last) + positions * first) * model.hidden_size
     copy = cut.width if cut.width < FP32_BYTES else 0
@@ -77,7 +75,7 @@ def memory_of_rank(
         weights=cut.width * (part + small if sharded else held),
         gathered=cut.width * min(held, 2 * -(-held // model.num_layers) + max(sizes)) if sharded else 0,
         **_optimizer(cut, sizes),
-        outer=FP32_BYTES * (outer + start),
+        outer=outer,
         embedding=table * (FP32_BYTES * (2 + cut.optimizer_moments + shared) + copy),
         activations=activation_bytes(model, cut, layers[stage], stage),
         logits=FP32_BYTES * min(cut.loss_chunk_tokens, cut.micro_batch * model.seq_length) * -(-rows // cut.tensor)
@@ -87,17 +85,25 @@ def memory_of_rank(
     )
 
 
-def outer_elements(model: ModelConfig, cut: Cut, part: int, momentum: bool) -> int:
-    """fp32 elements that the outer exchange of a partition of `part` elements keeps over a round.
+def outer_bytes(model: ModelConfig, cut: Cut, part: int, momentum: bool) -> int:
+    """Bytes that the outer exchange of a partition of `part` elements keeps while a rank trains.
 
-    The round's start, the summed delta padded to shares, this silo's share of the momentum: all of it where silos are
-    launches of their own. Silos cut differently exchange by names: a rank owns an equal part of the whole body instead,
-    values and momentum, whatever its partition is.
+    The round's start, this silo's share of the momentum (all of it where silos are launches of their own), the buffers
+    that buckets travel in, and, where a silo trains several sources in turn, the sum of their deltas. int8 keeps what
+    it owes: of the partition, and of the share. An exchange that overlaps has both the body that it began with, where
+    the next round starts, and the delta under way. Silos that are launches of their own make buffers for each exchange.
+    Silos cut differently exchange by names: a rank owns an equal part of the whole body instead, values and momentum,
+    whatever its partition is.
     """
+    overlaps = cut.overlap > 0
     if cut.all_ranks is not None:
-        return 2 * part + share(body_parameters(model), cut.all_ranks) * (1 + momentum)
-    own = share(part, cut.silos)
-    return part + cut.silos * own + momentum * (part if cut.separate else own)
+        return FP32_BYTES * ((2 + overlaps) * part + share(body_parameters(model), cut.all_ranks) * (1 + momentum))
+    own, int8 = share(part, cut.silos), cut.wire == "int8" and (cut.separate or cut.silos > 1)
+    kept = part * (1 + (cut.turns > 1 or overlaps) + overlaps + int8) + (part if cut.separate else own) * momentum
+    if cut.separate:
+        return FP32_BYTES * kept
+    buffers = ring_bytes(Shares.cut(part, cut.silos, cut.bucket_mb), cut.wire if cut.silos > 1 else "fp32")
+    return FP32_BYTES * (kept + own * int8) + buffers
 
 
 def _optimizer(cut: Cut, sizes: list[int]) -> dict[str, int]:

@@ -1,0 +1,182 @@
+"""How a partition of the body travels between silos: in buckets, so that packing, wire and unpacking overlap.
+
+Every silo owns a share of the partition; bucket b covers the b-th stretch of every share. Deltas of a bucket go to
+their owners (all-to-all), what the owners make of them goes back to everyone (all-gather). While one bucket's deltas
+are on their way, the next is packed and the one before unpacked.
+Shapes: `n` elements of the partition, `S` silos, `m` elements of one share in one bucket.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_dept.common.errors import FederationError
+from megatron_dept.common.sizes import FP32_BYTES
+from megatron_dept.federation.communicator import Communicator
+from megatron_dept.ops.body import BLOCK, Wire, wire_bytes
+
+ELEMENT_BYTES: Mapping[Wire, int] = {"fp32": 4, "bf16": 2, "int8": 1}
+"""Of an element on the wire; int8 has scales besides."""
+SLOTS = 3
+"""Buckets under way at once: one is packed, one's deltas travel, one's answer does."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What travels (`outer.wire`), and megabytes of fp32 deltas, all silos' shares together, of one bucket."""
+
+    wire: Wire = "fp32"
+    bucket_mb: float = 8.0
+
+
+def refuse_packed(packing: Packing) -> None:
+    """`FederationError` where anything but fp32 is asked of silos that are cut differently."""
+    if packing.wire != "fp32":
+        raise FederationError(
+            f"dept.outer.wire {packing.wire}, but these silos have different shapes: elements that go by their names "
+            "travel as fp32; set dept.outer.wire: fp32, or give all silos one shape"
+        )
+
+
+def share_size(partition: int, silos: int) -> int:
+    """Elements of the share that each silo owns of a partition of `partition` elements; the last ones own less."""
+    return -(-partition // silos)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """A partition of `partition` elements cut over `silos`, each share in buckets of `bucket` elements at most.
+
+    Buckets begin at multiples of int8's blocks, so that no number depends on their size.
+    """
+
+    partition: int
+    silos: int
+    bucket: int
+
+    @classmethod
+    def cut(cls, partition: int, silos: int, bucket_mb: float) -> "Shares":
+        """`bucket_mb`: see `Packing`."""
+        elements = int(bucket_mb * 1e6) // FP32_BYTES // silos
+        return cls(partition, silos, max(BLOCK, elements // BLOCK * BLOCK))
+
+    @property
+    def share(self) -> int:
+        return share_size(self.partition, self.silos)
+
+    @property
+    def buckets(self) -> int:
+        return -(-self.share // self.bucket)
+
+    @property
+    def longest(self) -> int:
+        """Elements of a share in its largest bucket."""
+        return min(self.bucket, self.share)
+
+    def of(self, silo: int) -> slice:
+        """Where a silo's share lies in the partition; the last ones may be cut short or empty."""
+        start = min(silo * self.share, self.partition)
+        return slice(start, min(start + self.share, self.partition))
+
+    def place(self, silo: int, bucket: int) -> slice:
+        """Where a silo's part of a bucket lies in the partition."""
+        own = self.of(silo)
+        start = min(own.start + bucket * self.bucket, own.stop)
+        return slice(start, min(start + self.bucket, own.stop))
+
+
+def exchange_bytes(partition: int, silos: int, rank: int, wire: Wire = "fp32") -> int:
+    """Bytes that the rank in silo `rank` sends in a round: to each owner its deltas, to everyone what it owns."""
+    shares = Shares(partition, silos, BLOCK)
+    of_silo = [wire_bytes(_length(shares.of(silo)), wire) for silo in range(silos)]
+    return sum(of_silo) - of_silo[rank] + (silos - 1) * of_silo[rank]
+
+
+def ring_bytes(shares: Shares, wire: Wire) -> int:
+    """Bytes of the buffers that buckets travel in."""
+    return min(SLOTS, shares.buckets) * 2 * shares.silos * wire_bytes(shares.longest, wire)
+
+
+class Ring:
+    """Buffers for a few buckets, used again and again: memory is bounded by buckets, not by the partition."""
+
+    def __init__(self, shares: Shares, wire: Wire, device: torch.device) -> None:
+        self.slots = min(SLOTS, shares.buckets)
+        row = shares.silos * wire_bytes(shares.longest, wire)
+        self._flat = torch.empty(self.slots, 2, row, dtype=torch.uint8, device=device)
+
+    def lanes(self, bucket: int) -> tuple[Tensor, Tensor]:
+        """A bucket's two buffers, uint8 [S * wire_bytes]: of what goes out (and of the answers), and of what comes."""
+        lanes = self._flat[bucket % self.slots]
+        return lanes[0], lanes[1]
+
+
+Pack = Callable[[slice, Tensor], None]
+"""(elements of the partition, uint8 [wire_bytes(m)] to fill with their deltas)."""
+Settle = Callable[[slice, Tensor, Tensor], None]
+"""(own elements, what came: uint8 [S or 1, wire_bytes(m)], uint8 [wire_bytes(m)] to fill with the answer to all).
+
+One row where it was summed on the way."""
+Apply = Callable[[slice, Tensor], None]
+"""(elements of the partition, their owner's answer: uint8 [wire_bytes(m)])."""
+
+
+def travel(
+    peers: Communicator, shares: Shares, wire: Wire, ring: Ring, pack: Pack, settle: Settle, apply: Apply
+) -> None:
+    """Exchange a whole partition, bucket by bucket. Collective; every rank calls it with the same shares and wire."""
+    passages = [_Passage(peers, shares, wire, ring, bucket) for bucket in range(shares.buckets)]
+    for step in range(shares.buckets + 2):
+        if step < shares.buckets:
+            passages[step].send(pack)
+        if 0 <= step - 1 < shares.buckets:
+            passages[step - 1].answer(settle)
+        if step >= 2:
+            passages[step - 2].arrive(apply)
+
+
+class _Passage:
+    """One bucket on its way."""
+
+    def __init__(self, peers: Communicator, shares: Shares, wire: Wire, ring: Ring, bucket: int) -> None:
+        self._peers = peers
+        self._places = [shares.place(silo, bucket) for silo in range(shares.silos)]
+        self._own = self._places[peers.rank]
+        sizes = [wire_bytes(_length(place), wire) for place in self._places]
+        out, coming = ring.lanes(bucket)
+        self._flat = out[: sum(sizes)]
+        self._rows = self._flat.split(sizes)
+        self._received = coming[: shares.silos * sizes[peers.rank]].view(shares.silos, sizes[peers.rank])
+        # A reduce-scatter wants equal slices: all but the last bucket's are.
+        self._summed = wire == "fp32" and peers.sums_on_the_way and len(set(sizes)) == 1
+
+    def send(self, pack: Pack) -> None:
+        """Pack every owner's deltas and send them off; this rank's own go where the others' will come."""
+        for silo, (place, row) in enumerate(zip(self._places, self._rows, strict=True)):
+            own = silo == self._peers.rank and not self._summed
+            pack(place, self._received[silo] if own else row)
+        if self._summed:
+            mine = self._received[0].view(torch.float32)
+            self._pending = self._peers.start_reduce_scatter_sum(self._flat.view(torch.float32), mine, "body")
+        else:
+            self._pending = self._peers.start_all_to_all(self._rows, self._received.unbind(), "body")
+
+    def answer(self, settle: Settle) -> None:
+        """Wait for this rank's share of the deltas and send everyone what comes of it."""
+        self._pending.wait()
+        # What was sent has left: its buffer takes the answers.
+        back = self._rows[self._peers.rank]
+        settle(self._own, self._received[:1] if self._summed else self._received, back)
+        self._pending = self._peers.start_all_gather(back, self._rows, "body")
+
+    def arrive(self, apply: Apply) -> None:
+        """Wait for all owners' answers and apply them."""
+        self._pending.wait()
+        for place, row in zip(self._places, self._rows, strict=True):
+            apply(place, row)
+
+
+def _length(place: slice) -> int:
+    return place.stop - place.start
