@@ -40,6 +40,7 @@ def _collectives(launch: Launch, staged: bool) -> dict[str, Any]:
     record("all_to_all", peers.all_to_all(send, [rank + 1] * 3, [1, 2, 3], "body").tolist())
     record("all_to_all of nothing", peers.all_to_all(torch.empty(0, 2), [0] * 3, [0] * 3, "body").tolist())
     record("all_gather", peers.all_gather(torch.tensor([rank, rank + 10.0]).bfloat16(), "embedding").tolist())
+    record("started", _started(peers))
     value = torch.full((6,), float(rank))
     peers.all_reduce_sum(value, "gradient")
     record("all_reduce", value.tolist())
@@ -60,6 +61,24 @@ def _collectives(launch: Launch, staged: bool) -> dict[str, Any]:
     seen["trace"] = groups.ledger.trace
     seen |= _with_a_silo_of_two(join_silos(connect, "unequal", rank, (1, 2), among_peers=False))
     return seen
+
+
+def _started(peers: Communicator) -> list[list[float]]:
+    """Three under way at once, waited for in order: rank r sends r elements to every other, then r + 1, then nothing;
+    its own entries stay as they are."""
+    seen, pending = [], []
+    for extra in (0, 1):
+        send = [torch.full((peers.rank + extra,), 10.0 * peers.rank + to) for to in range(peers.size)]
+        receive = [torch.full((sender + extra,), -1.0) for sender in range(peers.size)]
+        pending.append((peers.start_all_to_all(send, receive, "body"), receive))
+    receive = [torch.full((2,), -1.0) for _ in range(peers.size)]
+    pending.append((peers.start_all_gather(torch.full((2,), float(peers.rank)), receive, "position"), receive))
+    for under_way, received in pending:
+        under_way.wait()
+        seen.append(torch.cat(received).tolist())
+    whole, mine = torch.arange(6.0) + peers.rank, torch.empty(2)
+    peers.start_reduce_scatter_sum(whole, mine, "gradient").wait()
+    return [*seen, mine.tolist()]
 
 
 def _with_a_silo_of_two(groups: Groups) -> dict[str, Any]:
@@ -85,6 +104,11 @@ def test_collectives_return_what_ranks_sent_in_rank_order(collectives: list[dict
         assert seen["all_to_all"][0] == rows
         assert seen["all_to_all of nothing"][0] == []
         assert seen["all_gather"][0] == [0, 10, 1, 11, 2, 12]
+        sent = [-1.0 if sender == rank else 10.0 * sender + rank for sender in range(3)]
+        gathered = [-1.0 if sender == rank else float(sender) for sender in range(3) for _ in range(2)]
+        expected = [[sent[sender]] * (sender + extra) for extra in (0, 1) for sender in range(3)]
+        both = [sum(expected[:3], []), sum(expected[3:], [])]
+        assert seen["started"][0] == [*both, gathered, [6.0 * rank + 3, 6.0 * rank + 6]]
         assert seen["all_reduce"][0] == [3.0] * 6
         assert seen["largest"][0] == [2, 0, 1]
         assert seen["reduce_scatter"][0] == [6.0 * rank + 3, 6.0 * rank + 6]
@@ -99,6 +123,11 @@ def test_ledger_charges_what_leaves_a_rank(collectives: list[dict[str, Any]]) ->
         assert charged["all_to_all"] == {"federation/body": 2 * (rank + 1) * 2 * 4}
         assert sum(charged["all_to_all of nothing"].values()) == 0
         assert charged["all_gather"] == {"federation/embedding": 2 * 2 * 2}
+        assert charged["started"] == {
+            "federation/body": 2 * 4 * rank + 2 * 4 * (rank + 1),
+            "federation/position": 2 * 2 * 4,
+            "federation/gradient": 6 * 4 * 2 // 3,
+        }
         assert charged["all_reduce"] == {"federation/gradient": 2 * 6 * 4 * 2 // 3}
         assert charged["largest"] == {"federation/activation": 2 * 3 * 4 * 2 // 3}
         assert charged["reduce_scatter"] == {"federation/gradient": 6 * 4 * 2 // 3}
@@ -129,6 +158,10 @@ def test_every_collective_is_traced_on_every_rank_with_its_members(collectives: 
             ("all_to_all", "body"),
             ("all_to_all", "body"),
             ("all_gather", "embedding"),
+            ("all_to_all", "body"),
+            ("all_to_all", "body"),
+            ("all_gather", "position"),
+            ("reduce_scatter", "gradient"),
             ("all_reduce_sum", "gradient"),
             ("all_reduce_max", "activation"),
             ("reduce_scatter", "gradient"),
@@ -163,6 +196,7 @@ def test_alone_nothing_is_sent_and_values_stay() -> None:
 
 OPERATIONS: dict[str, Callable[[Communicator], Any]] = {
     "body": lambda peers: peers.all_to_all(torch.zeros(2), [1, 1], [1, 1], "body"),
+    "body, later": lambda peers: peers.start_all_to_all([torch.zeros(2)] * 2, [torch.zeros(2)] * 2, "body").wait(),
     "embedding": lambda peers: peers.all_gather(torch.zeros(2), "embedding"),
     "gradient": lambda peers: peers.all_reduce_sum(torch.zeros(2), "gradient"),
     "position": lambda peers: peers.broadcast(torch.zeros(2), 1, "position"),
@@ -210,7 +244,7 @@ def _lose_a_peer(launch: Launch, silos: int, data: int, kind: str) -> tuple[str,
 @pytest.mark.parametrize("kind", OPERATIONS)
 def test_a_dead_peer_is_an_error_at_once(kind: str) -> None:
     message, seconds = run_ranks(2, _lose_a_peer, 2, 1, kind)[0]
-    exchanged = "control" if kind == "waiting" else kind
+    exchanged = {"waiting": "control", "body, later": "body"}.get(kind, kind)
     assert "rank 0 of 2 lost a peer in another silo" in message and f"exchanging {exchanged}" in message, message
     assert "resumes from its last checkpoint" in message and "\n" not in message
     assert seconds < SECONDS_TO_NOTICE
