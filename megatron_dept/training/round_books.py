@@ -1,19 +1,27 @@
 """What is written down of a round: its line in the metrics, its bytes in the ledger beside those foretold.
 
-A round whose exchange runs on while the next one trains is written down when that exchange is done.
+A round whose exchange runs on while the next one trains is written down when that exchange is done: at the next round's
+end, or at a save, where silos meet anyway.
+Shapes: `n` elements of this rank's fp32 partition of the body.
 """
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from megatron_dept.common.segments import primary_square
 from megatron_dept.config.schema import RunConfig
+from megatron_dept.engine.silo_engine import SiloEngine
 from megatron_dept.engine.world import World
 from megatron_dept.federation.exchange import Exchange
 from megatron_dept.federation.overlapped_exchange import OverlappedExchange
+from megatron_dept.training.body_hash import agree_on_body
 from megatron_dept.training.elastic import Elastic
 from megatron_dept.training.metrics import LedgerFile, Metrics
 from megatron_dept.training.progress_state import RunProgress
-from megatron_dept.training.save_schedule import validates
+from megatron_dept.training.save_schedule import validates, waiting_rounds
 from megatron_dept.training.sources import SourceSet
 from megatron_dept.training.traffic_plan import TrafficPlan
 
@@ -38,6 +46,7 @@ class RoundBooks:
         config: RunConfig,
         world: World,
         sources: SourceSet,
+        engine: SiloEngine,
         exchange: Exchange | None,
         metrics: Metrics,
         elastic: Elastic | None,
@@ -47,7 +56,9 @@ class RoundBooks:
         self._config = config
         self._world = world
         self._sources = sources
+        self._engine = engine
         self._exchange = exchange
+        self._overlapped = exchange if isinstance(exchange, OverlappedExchange) else None
         self._metrics = metrics
         self._elastic = elastic
         body_bytes: list[Any] = world.gather_all(0 if exchange is None or elastic else exchange.round_bytes)
@@ -57,6 +68,11 @@ class RoundBooks:
         else:
             self._traffic = TrafficPlan(config, world.layout, sources, sum(body_bytes))
         self._file = LedgerFile(config.run_dir / "ledger.json", round) if world.is_writer else None
+        if self._overlapped is not None and world.is_writer and waiting_rounds(config) == config.dept.rounds:
+            metrics.warn(
+                "dept.outer.overlap hides nothing: every round ends with a save or a validation, which waits for its "
+                "exchange; set checkpoint.save_interval and evaluation.interval_rounds to more than 1"
+            )
 
     def account(self, traffic: dict[str, int]) -> None:
         """Add what all ranks have sent since the last time to `traffic`, but for an exchange in the background."""
@@ -69,8 +85,20 @@ class RoundBooks:
         progress.traffic = {}
         return ended
 
+    def distance(self, before: Tensor, after: Tensor) -> float:
+        """L2 norm of the difference of two global bodies, fp32 [n] each of this rank's partition."""
+        return self._world.root_of_sum(primary_square(before - after, self._engine.shards.segments))
+
     def write(self, ended: EndedRound) -> None:
-        """Write a round down whose exchange is done."""
+        """Write a round down, once its exchange is done: bodies that differ are an error (see `agree_on_body`)."""
+        overlapped = self._overlapped
+        if overlapped is not None:
+            value = overlapped.value
+            began = time.perf_counter()
+            ended.entry["delta_norm"] = self.distance(overlapped.start, value)
+            ended.entry["body_hash"] = agree_on_body(self._world, self._engine, value, ended.number)
+            ended.entry["exchange_seconds"] += overlapped.waited + time.perf_counter() - began
+            ended.entry["body_exchange_seconds"] = overlapped.whole
         batch_tokens = self._config.training.global_batch_size * self._config.model.seq_length
         self._metrics.write(
             "round",
@@ -79,8 +107,8 @@ class RoundBooks:
             total_tokens=ended.total_steps * batch_tokens,
             **ended.entry,
         )
-        if isinstance(self._exchange, OverlappedExchange):
-            self._add_up(self._exchange.sent(), ended.traffic)
+        if overlapped is not None:
+            self._add_up(overlapped.sent(), ended.traffic)
         predicted = self._predicted(ended)
         if self._file is not None:
             self._file.add(ended.number, ended.traffic, predicted, ended.total_steps)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from megatron_dept.common.errors import UserError
-from megatron_dept.common.segments import primary_square
 from megatron_dept.config.schema import RunConfig
 from megatron_dept.dept.sampling import sample_sources
 from megatron_dept.dept.schedule import ScheduleRule, cycle_learning_rate, learning_rate
@@ -32,7 +31,7 @@ from megatron_dept.training.local_phase import LocalPhase
 from megatron_dept.training.metrics import Metrics, Pace
 from megatron_dept.training.progress_state import Flight, RunProgress
 from megatron_dept.training.round_books import EndedRound, RoundBooks
-from megatron_dept.training.save_schedule import is_due_after, save_steps, validates, waiting_rounds
+from megatron_dept.training.save_schedule import is_due_after, save_steps, validates
 from megatron_dept.training.signals import StopRequest
 from megatron_dept.training.source_switch import SourceSwitch
 from megatron_dept.training.sources import Source, SourceSet
@@ -91,7 +90,7 @@ class Trainer:
         )
         self._overlapped = exchange if isinstance(exchange, OverlappedExchange) else None
         self._ended: EndedRound | None = None
-        self._books = RoundBooks(config, world, sources, exchange, metrics, elastic, progress.round)
+        self._books = RoundBooks(config, world, sources, engine, exchange, metrics, elastic, progress.round)
         self._reporter = StepReporter(config, world, engine, metrics, Pace(self._steps_left()))
         self._saved_at = (progress.round, progress.total_steps)
 
@@ -100,15 +99,6 @@ class Trainer:
         with self._watch.phase("meeting"):
             if self._elastic is not None and not self._elastic.begin(self.progress):
                 return False
-        if (
-            self._overlapped is not None
-            and self._world.is_writer
-            and waiting_rounds(self._config) == self._config.dept.rounds
-        ):
-            self._metrics.warn(
-                "dept.outer.overlap hides nothing: every round ends with a save or a validation, which waits for its "
-                "exchange; set checkpoint.save_interval and evaluation.interval_rounds to more than 1"
-            )
         with self._watch.phase("round"):
             while self.progress.round < self._config.dept.rounds:
                 if not self._round():
@@ -343,7 +333,7 @@ class Trainer:
                 return None
             self._engine.shards.write(self._exchange.value)
             self._body_is_global = True
-            entry["delta_norm"] = self._distance(before, self._exchange.value)
+            entry["delta_norm"] = self._books.distance(before, self._exchange.value)
         if self._elastic is None:
             if self._overlapped is None:
                 value = self._engine.shards.read() if self._exchange is None else self._exchange.value
@@ -355,25 +345,12 @@ class Trainer:
         self._world.barrier()
         return entry | {"exchange_seconds": time.perf_counter() - began}
 
-    def _distance(self, before: Tensor, after: Tensor) -> float:
-        """L2 norm of the difference of two global bodies, fp32 [n] each of this rank's partition; collective."""
-        return self._world.root_of_sum(primary_square(before - after, self._engine.shards.segments))
-
     def _write_down_round(self) -> None:
         """Write down the last round, if it is not yet; waits for its exchange. Collective."""
         ended, self._ended = self._ended, None
-        if ended is None:
-            return
-        overlapped = self._overlapped
-        if overlapped is not None:
+        if ended is not None:
             with self._watch.phase("exchange"):
-                value = overlapped.value
-                began = time.perf_counter()
-                ended.entry["delta_norm"] = self._distance(overlapped.start, value)
-                ended.entry["body_hash"] = agree_on_body(self._world, self._engine, value, ended.number)
-                ended.entry["exchange_seconds"] += overlapped.waited + time.perf_counter() - began
-                ended.entry["body_exchange_seconds"] = overlapped.whole
-        self._books.write(ended)
+                self._books.write(ended)
 
     def _validate(self, validation: Validation, number: int) -> None:
         """Score all sources with the body as round `number` has made it."""
