@@ -67,7 +67,8 @@ typedef struct {
   int32_t dtype;
 } MdeptRemapLookup;
 
-// grad_rows[u] = 0 + grad[order[starts[u]]] + ..., in that order: the look-up's gradient, grouped by row beforehand.
+// grad_rows[u] = 0 + grad[order[starts[u]]] + ..., in that order, which ascends within a row: the look-up's gradient,
+// grouped by row beforehand; no two groups name one row of grad.
 // grad_position[t] = 0 + grad[0, t] + grad[1, t] + ... for t < s, zeros for s <= t < positions.
 typedef struct {
   const void* grad;  // [b, s, h] of dtype; order counts its rows, b * s of them

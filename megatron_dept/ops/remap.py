@@ -57,14 +57,14 @@ def remap_lookup_backward(
     _expect_known(ids, local_of)
     if not native_kernels(grad.device.type):
         return reference.remap_lookup_backward(ids, local_of, grad, rows, start, positions)
-    touched, starts, order = _grouped(ids if local_of is None else local_of[ids].long(), rows, start)
+    touched, starts, order = grouped(ids if local_of is None else local_of[ids].long(), rows, start)
     grad_rows = grad.new_empty(len(touched), grad.shape[2], dtype=torch.float32)
     grad_position = grad.new_empty(positions, grad.shape[2], dtype=torch.float32) if positions else None
     torch.ops.megatron_dept.remap_backward(grad, starts, order, grad_rows, grad_position)
     return touched, grad_rows, grad_position
 
 
-def _grouped(local: Tensor, rows: int, start: int) -> tuple[Tensor, Tensor, Tensor]:
+def grouped(local: Tensor, rows: int, start: int) -> tuple[Tensor, Tensor, Tensor]:
     """(rows of the shard that occur, ascending [u]; where each one's occurrences start [u+1]; these, in order)."""
     shard = local.reshape(-1) - start
     places = ((shard >= 0) & (shard < rows)).nonzero().squeeze(1)

@@ -66,8 +66,7 @@ MDEPT_INLINE void pack(float* __restrict x, const Block& block, int64_t n, int32
     float* to = static_cast<float*>(out) + block.first;
     for (int64_t i = 0; i < block.size; ++i) to[i] = x[i];
   } else if (wire == MDEPT_WIRE_BF16) {
-    Bf16* to = static_cast<Bf16*>(out) + block.first;
-    for (int64_t i = 0; i < block.size; ++i) cast(x[i], to[i]);
+    cast_all(x, static_cast<Bf16*>(out) + block.first, block.size);
   } else {
     float* left = residual == nullptr ? nullptr : residual + block.first;
     if (left != nullptr)
@@ -158,11 +157,6 @@ MDEPT_CLONES void unpack_blocks(const MdeptBodyUnpack& a, int64_t begin, int64_t
   }
 }
 
-template <class To>
-MDEPT_INLINE void copy_block(const float* __restrict from, To* __restrict to, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) cast(from[i], to[i]);
-}
-
 MDEPT_CLONES void apply_blocks(const MdeptBodyApply& a, int64_t begin, int64_t end) {
   for (int64_t index = begin; index < end; ++index) {
     const Block block = block_at(index, a.n);
@@ -171,12 +165,12 @@ MDEPT_CLONES void apply_blocks(const MdeptBodyApply& a, int64_t begin, int64_t e
       unpack(a.back, block, a.n, a.wire, [value](int64_t i, float element) { value[i] = element; });
     else
       unpack(a.back, block, a.n, a.wire, [value](int64_t i, float element) { value[i] = value[i] - element; });
-    if (a.master != nullptr) copy_block(value, a.master + block.first, block.size);
+    if (a.master != nullptr) cast_all(value, a.master + block.first, block.size);
     if (a.low == nullptr) continue;
     if (a.low_dtype == MDEPT_BF16)
-      copy_block(value, static_cast<Bf16*>(a.low) + block.first, block.size);
+      cast_all(value, static_cast<Bf16*>(a.low) + block.first, block.size);
     else
-      copy_block(value, static_cast<Fp16*>(a.low) + block.first, block.size);
+      cast_all(value, static_cast<Fp16*>(a.low) + block.first, block.size);
   }
 }
 

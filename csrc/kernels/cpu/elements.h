@@ -7,6 +7,11 @@
 
 #include "launch.h"
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define MDEPT_X86 1
+#endif
+
 // A kernel's loops are compiled once for each of these; the loader picks. Elsewhere (other processors, compilers and
 // C libraries) they are compiled once, for the processor that the compiler is set to.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
@@ -74,6 +79,26 @@ MDEPT_INLINE float widened(Fp16 from) {
   bits = magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : bits;
   return float_of(bits | sign);
 }
+
+template <class To>
+MDEPT_INLINE void cast_all(const float* __restrict from, To* __restrict to, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) cast(from[i], to[i]);
+}
+
+#ifdef MDEPT_X86
+// The processor's own rounding to fp16, which compilers do not find by themselves.
+__attribute__((target("avx,f16c"))) inline void cast_all_f16c(const float* from, Fp16* to, int64_t size) {
+  int64_t i = 0;
+  for (; i + 8 <= size; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+  for (; i < size; ++i) to[i].bits = static_cast<uint16_t>(_cvtss_sh(from[i], 0));
+}
+
+MDEPT_INLINE void cast_all(const float* __restrict from, Fp16* __restrict to, int64_t size) {
+  if (__builtin_cpu_supports("f16c")) return cast_all_f16c(from, to, size);
+  for (int64_t i = 0; i < size; ++i) cast(from[i], to[i]);
+}
+#endif
 
 // The outer step of one element (dept/outer.py): Nesterov with its momentum, or FedAvg.
 MDEPT_INLINE float stepped(float value, float mean, float* momentum, float learning_rate, float mu) {

@@ -1,5 +1,7 @@
 // Rows of a table on the CPU: gathered, averaged back, looked up, and the look-up's gradient; see launch.h.
 
+#include <vector>
+
 #include "elements.h"
 
 namespace mdept {
@@ -8,14 +10,26 @@ namespace {
 // A row is worked on in parts of so many elements, which stay in the processor's nearest cache.
 constexpr int64_t kPart = 1024;
 
-// Lines of the next row asked for while this one is copied: the rest the processor foresees itself.
-MDEPT_INLINE void prefetch_row(const float* row) {
-  for (int line = 0; line < 4; ++line) __builtin_prefetch(row + 16 * line);
+// Columns that are worth a thread of their own, where threads share rows.
+constexpr int64_t kColumnsAtOnce = 128;
+
+// Rows come from anywhere in the table, so the processor does not foresee them: while one is worked on, the one after the
+// next is asked into the second cache, a few lines at a time, at the pace at which this one is read.
+constexpr int64_t kStep = 64;
+constexpr int64_t kAhead = 2;
+
+MDEPT_INLINE void prefetch_step(const float* row) {
+  for (int64_t i = 0; i < kStep; i += 16) __builtin_prefetch(row + i, 0, 2);
 }
 
 template <class To>
-MDEPT_INLINE void copy_row(const float* __restrict from, To* __restrict to, int64_t h) {
-  for (int64_t i = 0; i < h; ++i) cast(from[i], to[i]);
+MDEPT_INLINE void copy_row(const float* __restrict from, To* __restrict to, int64_t h, const float* ahead) {
+  int64_t i = 0;
+  for (; i + kStep <= h; i += kStep) {
+    prefetch_step(ahead + i);
+    cast_all(from + i, to + i, kStep);
+  }
+  cast_all(from + i, to + i, h - i);
 }
 
 template <class To>
@@ -23,14 +37,13 @@ MDEPT_INLINE void gather_as(const MdeptTrimGather& a, int64_t begin, int64_t end
   To* out = static_cast<To*>(a.out);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t row = a.ids[i] - a.first;
-    if (i + 1 < end) {
-      const int64_t next = a.ids[i + 1] - a.first;
-      if (next >= 0 && next < a.n) prefetch_row(a.table + next * a.h);
-    }
-    if (row < 0 || row >= a.n)
+    if (row < 0 || row >= a.n) {
       std::memset(out + i * a.h, 0, a.h * sizeof(To));
-    else
-      copy_row(a.table + row * a.h, out + i * a.h, a.h);
+      continue;
+    }
+    const int64_t later = i + kAhead < end ? a.ids[i + kAhead] - a.first : row;
+    const float* ahead = a.table + (later >= 0 && later < a.n ? later : row) * a.h;
+    copy_row(a.table + row * a.h, out + i * a.h, a.h, ahead);
   }
 }
 
@@ -72,8 +85,15 @@ MDEPT_INLINE void scatter_as(const MdeptTrimScatterMean& a, int64_t begin, int64
 }
 
 template <class To>
-MDEPT_INLINE void copy_sum(const float* __restrict row, const float* __restrict position, To* __restrict to, int64_t h) {
-  for (int64_t i = 0; i < h; ++i) cast(row[i] + position[i], to[i]);
+MDEPT_INLINE void copy_sum(
+    const float* __restrict row, const float* __restrict position, To* __restrict to, int64_t h, const float* ahead) {
+  float sum[kStep];
+  for (int64_t i = 0; i < h; i += kStep) {
+    const int64_t size = h - i < kStep ? h - i : kStep;
+    if (size == kStep) prefetch_step(ahead + i);
+    for (int64_t j = 0; j < size; ++j) sum[j] = row[i + j] + position[i + j];
+    cast_all(sum, to + i, size);
+  }
 }
 
 template <class To>
@@ -81,18 +101,24 @@ MDEPT_INLINE void add_nothing(const float* __restrict position, To* __restrict t
   for (int64_t i = 0; i < h; ++i) cast(0.0f + position[i], to[i]);
 }
 
+MDEPT_INLINE int64_t row_of(const MdeptRemapLookup& a, int64_t token) {
+  const int64_t id = a.ids[token];
+  return (a.local_of == nullptr ? id : a.local_of[id]) - a.start;
+}
+
 template <class To>
 MDEPT_INLINE void look_up_as(const MdeptRemapLookup& a, int64_t begin, int64_t end) {
   for (int64_t token = begin; token < end; ++token) {
-    const int64_t id = a.ids[token];
-    const int64_t row = (a.local_of == nullptr ? id : a.local_of[id]) - a.start;
+    const int64_t row = row_of(a, token);
     const bool inside = row >= 0 && row < a.v;
+    const int64_t later = token + kAhead < end ? row_of(a, token + kAhead) : row;
+    const float* ahead = a.table + (later >= 0 && later < a.v ? later : row) * a.h;
     To* to = static_cast<To*>(a.out) + token * a.h;
     const float* position = a.position == nullptr ? nullptr : a.position + token % a.s * a.h;
     if (inside && position != nullptr)
-      copy_sum(a.table + row * a.h, position, to, a.h);
+      copy_sum(a.table + row * a.h, position, to, a.h, ahead);
     else if (inside)
-      copy_row(a.table + row * a.h, to, a.h);
+      copy_row(a.table + row * a.h, to, a.h, ahead);
     else if (position != nullptr)
       add_nothing(position, to, a.h);
     else
@@ -100,21 +126,27 @@ MDEPT_INLINE void look_up_as(const MdeptRemapLookup& a, int64_t begin, int64_t e
   }
 }
 
-template <class From>
-MDEPT_INLINE void backward_as(const MdeptRemapBackward& a, int64_t begin, int64_t end) {
-  for (int64_t u = begin; u < end; ++u)
-    sum_part(
-        a.grad_rows + u * a.h, static_cast<const From*>(a.grad), a.order, a.starts[u], a.starts[u + 1], a.h, 0, a.h);
-}
+// Where a token's gradient goes: the row it was looked up in, and whether it is the first to come there.
+struct Place {
+  int64_t row;
+  bool first;
+};
 
+// Columns [begin, end) of all tokens in order: the gradient is read once, for both sums.
 template <class From>
-MDEPT_INLINE void position_as(const MdeptRemapBackward& a, int64_t begin, int64_t end) {
+MDEPT_INLINE void backward_as(const MdeptRemapBackward& a, const Place* places, int64_t begin, int64_t end) {
   const From* grad = static_cast<const From*>(a.grad);
-  for (int64_t t = begin; t < end; ++t) {
-    float* sum = a.grad_position + t * a.h;
-    for (int64_t i = 0; i < a.h; ++i) sum[i] = 0.0f;
-    if (t < a.s)
-      for (int64_t b = 0; b < a.b; ++b) add_part(sum, grad + (b * a.s + t) * a.h, a.h);
+  for (int64_t token = 0; token < a.b * a.s; ++token) {
+    const From* __restrict from = grad + token * a.h;
+    const Place place = places[token];
+    float* __restrict row = place.row < 0 ? nullptr : a.grad_rows + place.row * a.h;
+    if (row != nullptr && place.first)
+      for (int64_t i = begin; i < end; ++i) row[i] = 0.0f + widened(from[i]);
+    else if (row != nullptr)
+      for (int64_t i = begin; i < end; ++i) row[i] += widened(from[i]);
+    if (a.grad_position == nullptr) continue;
+    float* __restrict position = a.grad_position + token % a.s * a.h;
+    for (int64_t i = begin; i < end; ++i) position[i] += widened(from[i]);
   }
 }
 
@@ -136,16 +168,10 @@ MDEPT_CLONES void look_up(const MdeptRemapLookup& a, int64_t begin, int64_t end)
   look_up_as<float>(a, begin, end);
 }
 
-MDEPT_CLONES void backward(const MdeptRemapBackward& a, int64_t begin, int64_t end) {
-  if (a.dtype == MDEPT_BF16) return backward_as<Bf16>(a, begin, end);
-  if (a.dtype == MDEPT_FP16) return backward_as<Fp16>(a, begin, end);
-  backward_as<float>(a, begin, end);
-}
-
-MDEPT_CLONES void backward_of_positions(const MdeptRemapBackward& a, int64_t begin, int64_t end) {
-  if (a.dtype == MDEPT_BF16) return position_as<Bf16>(a, begin, end);
-  if (a.dtype == MDEPT_FP16) return position_as<Fp16>(a, begin, end);
-  position_as<float>(a, begin, end);
+MDEPT_CLONES void backward(const MdeptRemapBackward& a, const Place* places, int64_t begin, int64_t end) {
+  if (a.dtype == MDEPT_BF16) return backward_as<Bf16>(a, places, begin, end);
+  if (a.dtype == MDEPT_FP16) return backward_as<Fp16>(a, places, begin, end);
+  backward_as<float>(a, places, begin, end);
 }
 
 }  // namespace
@@ -172,10 +198,15 @@ int mdept_remap_lookup_cpu(const MdeptRemapLookup* a, const MdeptWhere* where) {
 }
 
 int mdept_remap_backward_cpu(const MdeptRemapBackward* a, const MdeptWhere* where) {
-  in_parallel(*where, a->u, rows_at_once(a->h), [a](int64_t begin, int64_t end) { mdept::backward(*a, begin, end); });
-  if (a->grad_position != nullptr)
-    in_parallel(*where, a->positions, rows_at_once(a->h), [a](int64_t begin, int64_t end) {
-      mdept::backward_of_positions(*a, begin, end);
-    });
+  std::vector<mdept::Place> places(a->b * a->s, mdept::Place{-1, false});
+  for (int64_t u = 0; u < a->u; ++u) {
+    if (a->starts[u] == a->starts[u + 1]) std::memset(a->grad_rows + u * a->h, 0, a->h * sizeof(float));
+    for (int64_t j = a->starts[u]; j < a->starts[u + 1]; ++j) places[a->order[j]] = {u, j == a->starts[u]};
+  }
+  if (a->grad_position != nullptr) std::memset(a->grad_position, 0, a->positions * a->h * sizeof(float));
+  // Threads take columns, so that every sum is one thread's and keeps its order.
+  in_parallel(*where, a->h, mdept::kColumnsAtOnce, [a, &places](int64_t begin, int64_t end) {
+    mdept::backward(*a, places.data(), begin, end);
+  });
   return 0;
 }
