@@ -132,21 +132,40 @@ struct Place {
   bool first;
 };
 
+// size columns of one token into its row and its position; either may be null.
+template <class From>
+MDEPT_INLINE void backward_step(
+    const From* __restrict from, float* __restrict row, bool first, float* __restrict position, int64_t size) {
+  if (row != nullptr && first)
+    for (int64_t i = 0; i < size; ++i) row[i] = 0.0f + widened(from[i]);
+  else if (row != nullptr)
+    for (int64_t i = 0; i < size; ++i) row[i] += widened(from[i]);
+  if (position != nullptr)
+    for (int64_t i = 0; i < size; ++i) position[i] += widened(from[i]);
+}
+
 // Columns [begin, end) of all tokens in order: the gradient is read once, for both sums.
 template <class From>
 MDEPT_INLINE void backward_as(const MdeptRemapBackward& a, const Place* places, int64_t begin, int64_t end) {
   const From* grad = static_cast<const From*>(a.grad);
-  for (int64_t token = 0; token < a.b * a.s; ++token) {
-    const From* __restrict from = grad + token * a.h;
+  const int64_t tokens = a.b * a.s;
+  for (int64_t token = 0; token < tokens; ++token) {
+    const From* from = grad + token * a.h;
     const Place place = places[token];
-    float* __restrict row = place.row < 0 ? nullptr : a.grad_rows + place.row * a.h;
-    if (row != nullptr && place.first)
-      for (int64_t i = begin; i < end; ++i) row[i] = 0.0f + widened(from[i]);
-    else if (row != nullptr)
-      for (int64_t i = begin; i < end; ++i) row[i] += widened(from[i]);
-    if (a.grad_position == nullptr) continue;
-    float* __restrict position = a.grad_position + token % a.s * a.h;
-    for (int64_t i = begin; i < end; ++i) position[i] += widened(from[i]);
+    float* row = place.row < 0 ? nullptr : a.grad_rows + place.row * a.h;
+    float* position = a.grad_position == nullptr ? nullptr : a.grad_position + token % a.s * a.h;
+    const int64_t later = token + kAhead < tokens ? places[token + kAhead].row : -1;
+    const float* ahead = later < 0 ? nullptr : a.grad_rows + later * a.h;
+    int64_t column = begin;
+    for (; column + kStep <= end; column += kStep) {
+      if (ahead != nullptr) prefetch_step(ahead + column);
+      backward_step(
+          from + column, row == nullptr ? nullptr : row + column, place.first,
+          position == nullptr ? nullptr : position + column, kStep);
+    }
+    backward_step(
+        from + column, row == nullptr ? nullptr : row + column, place.first,
+        position == nullptr ? nullptr : position + column, end - column);
   }
 }
 
