@@ -40,6 +40,19 @@ def test_a_version_that_does_not_do_is_missing_and_torch_never_is() -> None:
     assert closed({}, ["torch>=2.11", "triton"]) == []
 
 
+def test_a_version_that_is_not_known_does_where_none_is_asked_for() -> None:
+    """A carried package's bounds must hold on a machine of which names alone are known."""
+    have = {"hjson": "", "pydantic": "", "typing-extensions": ""}
+    assert closed(have) == ["deepspeed", "pydantic", "typing-extensions"]
+
+
+def test_what_is_there_is_taken_to_have_what_it_needs() -> None:
+    found = wheels.closure(
+        ["deepspeed", "hjson"], {"deepspeed": ""}, lambda name: NEEDS.get(name, []), "3.12", through_present=False
+    )
+    assert [each.name for each in found] == ["hjson"]
+
+
 def test_extras_are_followed_only_where_they_are_asked_for() -> None:
     have = {"pydantic": "2.1", "typing-extensions": "4.16"}
     assert closed(have, ["pydantic[email]"]) == ["email-validator"]
@@ -187,6 +200,14 @@ def test_a_step_past_its_limit_is_ended_with_its_children(tmp_path: Path) -> Non
     assert time.monotonic() - began < 15
     time.sleep(2)
     assert not child.exists()
+
+
+def test_pytest_past_its_limit_still_writes_what_it_has(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text("import time\ndef test_fine(): pass\ndef test_slow(): time.sleep(60)\n")
+    figures = tmp_path / "junit.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", str(tmp_path), "--junit-xml", str(figures)]
+    assert run.run_limited(command, {}, tmp_path / "log", 8) is None
+    assert run.read_junit(figures)["passed"] == 1
 
 
 def test_the_fingerprint_is_of_sources_alone(tmp_path: Path) -> None:

@@ -24,17 +24,26 @@ def main() -> int:
     arguments = parser.parse_args()
     figures: dict[str, Any] = {}
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT)
+    code = _build()
+    figures["native"] = code == 0 and _native(arguments.device)
+    if code == 0 and not figures["native"] and arguments.device == "cuda":
+        # A library without the CUDA half, built elsewhere and brought along, passes for up to date.
+        code = _build("--force")
+        figures["native"] = code == 0 and _native(arguments.device)
     figures["seconds"] = round(time.perf_counter() - began, 1)
-    figures["exit_code"] = done.returncode
-    figures["native"] = done.returncode == 0 and _native(arguments.device)
+    figures["exit_code"] = code
     if arguments.device == "cuda":
         figures["registers"] = registers()
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(figures))
     print(f"built in {figures['seconds']} s; native kernels for {arguments.device}: {figures['native']}")
     # A rehearsal shows that the parts work together; where there is no compiler the reference is what runs.
-    return int(done.returncode != 0 or (arguments.device == "cuda" and not figures["native"]))
+    return int(code != 0 or (arguments.device == "cuda" and not figures["native"]))
+
+
+def _build(*options: str) -> int:
+    command = [sys.executable, "setup.py", "build_ext", "--inplace", *options]
+    return subprocess.run(command, cwd=ROOT).returncode
 
 
 def _native(device: str) -> bool:

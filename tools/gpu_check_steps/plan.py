@@ -50,7 +50,7 @@ def command_of(name: str, python: str, device: str, figures: Path, seconds: floa
     commands: dict[str, Sequence[str]] = {
         "facts": ["-m", "benchmarks.gpu_measure", "--device", device, "--json", str(figures)],
         "build": ["tools/gpu_check_steps/build.py", "--device", device, "--json", str(figures)],
-        "parity": ["-m", "pytest", *gpu_tests(ROOT), "-m", "gpu", "-q", "-p", "no:cacheprovider", *JUNIT, str(figures)],
+        "parity": ["-m", "pytest", *gpu_tests(ROOT), "-m", "gpu", "-v", "-p", "no:cacheprovider", *JUNIT, str(figures)],
         "bandwidth": ["-m", "benchmarks.gpu_kernels", "--device", device, "--json", str(figures), "--seconds", told],
         "step": ["-m", "benchmarks.gpu_step", "--device", device, "--json", str(figures), "--seconds", told],
         "sanitizer": ["tools/gpu_check_steps/sanitizer.py", "--device", device, "--json", str(figures)],

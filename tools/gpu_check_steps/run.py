@@ -114,19 +114,26 @@ def run_limited(command: Sequence[str], environment: dict[str, str], log: Path, 
         handle.flush()
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=handle, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=_take_interrupts,
         )  # fmt: skip
         try:
             return process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
+            # As by Ctrl-C: pytest still writes what it has.
+            _end(process, (signal.SIGINT, signal.SIGTERM))
             return None
         finally:
-            _end(process)
+            _end(process, (signal.SIGKILL,))
 
 
-def _end(process: subprocess.Popen) -> None:
+def _take_interrupts() -> None:
+    """A shell starts what it runs in the background deaf to Ctrl-C, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _end(process: subprocess.Popen, signals: Sequence[signal.Signals]) -> None:
     """End the process's whole group: what a step leaves behind would hold the card's memory."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    for number in signals:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         with suppress(subprocess.TimeoutExpired):

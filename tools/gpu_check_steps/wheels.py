@@ -49,12 +49,17 @@ def roots() -> list[str]:
 
 
 def closure(
-    wanted: Iterable[str], have: Mapping[str, str], requires: Callable[[str], list[str]], python: str
+    wanted: Iterable[str],
+    have: Mapping[str, str],
+    requires: Callable[[str], list[str]],
+    python: str,
+    through_present: bool = True,
 ) -> list[Missing]:
     """What of `wanted` and of all it needs is not in `have` ({name: version or ""}), on x86-64 Linux.
 
-    `requires(name)`: a package's own requirements under Python `python`. A version that is there but does not satisfy
-    counts as missing, one that is not known ("") as satisfying.
+    `requires(name)`: a package's own requirements under Python `python`; with `through_present` those of what is there
+    count too. A version that does not satisfy counts as missing, and so does one that is not known ("") and would have
+    to satisfy something.
     """
     requirement_type, environment = _packaging(python)
     known = {canonical(name): version for name, version in have.items()}
@@ -64,11 +69,12 @@ def closure(
     while left:
         requirement, asker = left.pop(0)
         name = canonical(requirement.name)
-        if OVER_TORCH.match(name) or name in found:
+        if OVER_TORCH.match(name):
             continue
-        version = known.get(name)
-        if version is None or (version and not requirement.specifier.contains(version, prereleases=True)):
-            found[name] = asker
+        if not _satisfied(known.get(name), requirement.specifier):
+            found.setdefault(name, asker)
+        elif not through_present:
+            continue
         for extra in ("", *sorted(requirement.extras)):
             if (name, extra) in seen:
                 continue
@@ -78,6 +84,13 @@ def closure(
                 if further.marker is None or further.marker.evaluate({**environment, "extra": extra}):
                     left.append((further, name))
     return [Missing(name, asker) for name, asker in sorted(found.items())]
+
+
+def _satisfied(version: str | None, specifier: Any) -> bool:
+    """Whether a package of `version` ("": not known, None: not there) is what `specifier` asks for."""
+    if version:
+        return bool(specifier.contains(version, prereleases=True))
+    return version is not None and not str(specifier)
 
 
 def _packaging(python: str) -> tuple[Any, dict[str, str]]:
@@ -108,11 +121,10 @@ def missing_there(have: Mapping[str, str], python: str) -> list[Missing]:
 
     Of what it has it is taken that it has what that needs: its versions may need other things than the ones here.
     """
-    known = {canonical(name) for name in have}
     absent = [root for root in map(_name, roots()) if not requirements_here(root) and not _is_here(root)]
     if absent:
         raise SetupError(f"{', '.join(absent)} are not installed here, so what they need is not known; make venv first")
-    return closure(roots(), have, lambda name: [] if name in known else requirements_here(name), python)
+    return closure(roots(), have, requirements_here, python, through_present=False)
 
 
 def _is_here(name: str) -> bool:
