@@ -206,7 +206,7 @@ def test_pytest_past_its_limit_still_writes_what_it_has(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text("import time\ndef test_fine(): pass\ndef test_slow(): time.sleep(60)\n")
     figures = tmp_path / "junit.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", str(tmp_path), "--junit-xml", str(figures)]
-    assert run.run_limited(command, {}, tmp_path / "log", 8) is None
+    assert run.run_limited(command, {}, tmp_path / "log", 6) is None
     assert run.read_junit(figures)["passed"] == 1
 
 

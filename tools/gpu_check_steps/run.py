@@ -144,6 +144,8 @@ def read_junit(path: Path) -> dict[str, Any]:
     """Counts and cases of pytest's JUnit file: [{"name", "seconds", "status", "message"}]."""
     cases = []
     for case in ElementTree.parse(path).iter("testcase"):
+        if not case.get("name"):
+            continue  # what was under way when pytest was ended
         failure = next((each for each in case if each.tag in ("failure", "error", "skipped")), None)
         status = "passed" if failure is None else {"skipped": "skipped"}.get(failure.tag, "failed")
         entry = {
