@@ -5,7 +5,16 @@
 namespace mdept {
 namespace {
 
-int64_t blocks_for(int64_t n) { return (n + kBlock * (kThreads / kWarp) - 1) / (kBlock * (kThreads / kWarp)); }
+// Two launches where arrays are aligned: the whole blocks of 256 elements, and what is left; else one for all.
+template <typename... Parameters, typename... Arguments>
+int launch_tiles(void (*packed)(Parameters...), void (*single)(Parameters...), bool aligned, int64_t n, void* stream,
+                 Arguments... arguments) {
+  constexpr int64_t kWarps = kThreads / kWarp;
+  const int64_t whole = aligned ? n / kBlock : 0, all = (n + kBlock - 1) / kBlock;
+  const int error = launch(packed, (whole + kWarps - 1) / kWarps, stream, arguments..., Tiles{n, 0, whole});
+  if (error != cudaSuccess) return error;
+  return launch(single, (all - whole + kWarps - 1) / kWarps, stream, arguments..., Tiles{n, whole, all});
+}
 
 // Whether packs of 4 elements can be taken everywhere in wire rows of which the first starts here, `bytes` apart.
 template <Wire kWire>
@@ -18,32 +27,32 @@ template <Wire kWire>
 int pack(const MdeptBodyPack& a, void* stream) {
   const bool packed = aligned(a.value, 4) && aligned(a.local, 4) && aligned(a.carried, 4) && aligned(a.residual, 4) &&
                       aligned_wire<kWire>(a.out, 0);
-  return launch(body_pack<kWire>, blocks_for(a.n), stream, a.value, a.local, a.carried, a.residual,
-                static_cast<uint8_t*>(a.out), a.n, packed);
+  return launch_tiles(body_pack<kWire, true>, body_pack<kWire, false>, packed, a.n, stream, a.value, a.local, a.carried,
+                      a.residual, static_cast<uint8_t*>(a.out));
 }
 
 template <Wire kWire>
 int mean(const MdeptBodyMean& a, void* stream) {
   const bool packed = aligned(a.out, 4) && aligned_wire<kWire>(a.received, a.silos > 1 ? a.bytes : 0);
-  return launch(body_mean<kWire>, blocks_for(a.n), stream, static_cast<const uint8_t*>(a.received), a.silos, a.bytes,
-                static_cast<float>(a.sources), a.out, a.n, packed);
+  return launch_tiles(body_mean<kWire, true>, body_mean<kWire, false>, packed, a.n, stream,
+                      static_cast<const uint8_t*>(a.received), a.silos, a.bytes, static_cast<float>(a.sources), a.out);
 }
 
 template <Wire kWire>
 int unpack(const MdeptBodyUnpack& a, void* stream) {
   const bool packed = aligned(a.value, 4) && aligned(a.momentum, 4) && aligned(a.back_residual, 4) &&
                       aligned_wire<kWire>(a.back, 0) && aligned_wire<kWire>(a.received, a.silos > 1 ? a.bytes : 0);
-  return launch(body_unpack<kWire>, blocks_for(a.n), stream, static_cast<const uint8_t*>(a.received), a.silos, a.bytes,
-                static_cast<float>(a.sources), a.value, a.momentum, a.learning_rate, a.mu,
-                static_cast<uint8_t*>(a.back), a.back_residual, a.n, packed);
+  return launch_tiles(body_unpack<kWire, true>, body_unpack<kWire, false>, packed, a.n, stream,
+                      static_cast<const uint8_t*>(a.received), a.silos, a.bytes, static_cast<float>(a.sources), a.value,
+                      a.momentum, a.learning_rate, a.mu, static_cast<uint8_t*>(a.back), a.back_residual);
 }
 
 template <Wire kWire>
 int apply(const MdeptBodyApply& a, void* stream) {
   const bool packed = aligned(a.value, 4) && aligned(a.master, 4) && aligned(static_cast<const uint16_t*>(a.low), 4) &&
                       aligned_wire<kWire>(a.back, 0);
-  return launch(body_apply<kWire>, blocks_for(a.n), stream, static_cast<const uint8_t*>(a.back), a.value, a.master,
-                a.low, a.low_dtype == MDEPT_FP16, a.n, packed);
+  return launch_tiles(body_apply<kWire, true>, body_apply<kWire, false>, packed, a.n, stream,
+                      static_cast<const uint8_t*>(a.back), a.value, a.master, a.low, a.low_dtype == MDEPT_FP16);
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
 // Kernels on the flat body: pack a delta for the wire, mean of what arrived, outer step with the way back, apply.
 //
 // n elements, S silos. A warp works on one block of 256 elements at a time, 8 a lane; blocks are those of the int8
-// format, which has a scale each. Layout of a wire row and its arithmetic: megatron_dept/ops/reference.py. An element is
-// read and written by one thread; lanes meet only in the block's largest magnitude.
+// format, which has a scale each. Layout of a wire row and its arithmetic: megatron_dept/ops/reference.py. An element
+// is read and written by one thread; lanes meet only in the block's largest magnitude. Every kernel comes in two forms:
+// packed, for whole blocks of arrays whose packs of 4 elements are aligned, and by single elements for the rest.
 
 #pragma once
 
@@ -80,31 +81,70 @@ __device__ __forceinline__ void store_tile(T* to, const Tile& tile, int lane, in
   }
 }
 
+__device__ __forceinline__ void add(Tile& sum, const Tile& tile) {
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) sum.x[j] = __fadd_rn(sum.x[j], tile.x[j]);
+}
+
 // Where the scales of an int8 row of n elements start: after the elements, at a multiple of 4 bytes.
 __device__ __forceinline__ int64_t scales_at(int64_t n) { return (n + 3) / 4 * 4; }
 
-// Block `tile` of a wire row, as fp32.
+// One lane's elements of a block as the wire has them: read first, made fp32 when they are used.
+template <Wire kWire>
+struct OnWire {
+  using Type = float;
+};
+template <>
+struct OnWire<kBf16> {
+  using Type = __nv_bfloat16;
+};
+template <>
+struct OnWire<kInt8> {
+  using Type = int8_t;
+};
+template <Wire kWire>
+struct Raw {
+  Pack<typename OnWire<kWire>::Type, 4> packs[kEach / 4];
+  float scale;
+};
+
 template <Wire kWire, bool kPacked>
-__device__ __forceinline__ Tile read_wire(const uint8_t* row, int64_t n, int64_t tile, int lane, int left) {
-  const int64_t at = tile * kBlock;
-  if constexpr (kWire == kFp32) {
-    return load_tile<kPacked>(reinterpret_cast<const float*>(row) + at, lane, left);
-  } else if constexpr (kWire == kBf16) {
-    return load_tile<kPacked>(reinterpret_cast<const __nv_bfloat16*>(row) + at, lane, left);
-  } else {
-    Tile values = load_tile<kPacked>(reinterpret_cast<const int8_t*>(row) + at, lane, left);
-    const float scale = reinterpret_cast<const float*>(row + scales_at(n))[tile];
+__device__ __forceinline__ Raw<kWire> read_wire(const uint8_t* row, int64_t n, int64_t tile, int lane, int left) {
+  using Type = typename OnWire<kWire>::Type;
+  const Type* from = reinterpret_cast<const Type*>(row) + tile * kBlock;
+  Raw<kWire> raw;
 #pragma unroll
-    for (int j = 0; j < kEach; ++j) values.x[j] = __fmul_rn(values.x[j], scale);
-    return values;
+  for (int p = 0; p < kEach; p += 4) {
+    if constexpr (kPacked) {
+      raw.packs[p / 4] = read<4>(from + element<true>(lane, p));
+    } else {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int at = element<false>(lane, p + e);
+        raw.packs[p / 4].v[e] = at < left ? from[at] : narrow<Type>(0.0f);
+      }
+    }
   }
+  raw.scale = kWire == kInt8 ? reinterpret_cast<const float*>(row + scales_at(n))[tile] : 1.0f;
+  return raw;
+}
+
+template <Wire kWire>
+__device__ __forceinline__ Tile decoded(const Raw<kWire>& raw) {
+  Tile tile;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    tile.x[j] = widen(raw.packs[j / 4].v[j % 4]);
+    if constexpr (kWire == kInt8) tile.x[j] = __fmul_rn(tile.x[j], raw.scale);
+  }
+  return tile;
 }
 
 // The larger of two magnitudes; NaN where one is.
 __device__ __forceinline__ float larger(float a, float b) { return b > a || b != b ? b : a; }
 
-// Block `tile` of a wire row from fp32. `residual` (int8 only, may be null) is added before and holds afterwards what
-// the rounding left out. All lanes of the warp call it together.
+// Block `tile` of a wire row from fp32. What the rounding left out goes to `residual` (int8 only, may be null). All
+// lanes of the warp call it together.
 template <Wire kWire, bool kPacked>
 __device__ __forceinline__ void write_wire(Tile values, uint8_t* row, int64_t n, int64_t tile, int lane, int left,
                                            float* residual) {
@@ -114,11 +154,6 @@ __device__ __forceinline__ void write_wire(Tile values, uint8_t* row, int64_t n,
   } else if constexpr (kWire == kBf16) {
     store_tile<kPacked>(reinterpret_cast<__nv_bfloat16*>(row) + at, values, lane, left);
   } else {
-    if (residual) {
-      const Tile rest = load_tile<kPacked>(residual + at, lane, left);
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) values.x[j] = __fadd_rn(values.x[j], rest.x[j]);
-    }
     float largest = 0.0f;
 #pragma unroll
     for (int j = 0; j < kEach; ++j) largest = larger(largest, fabsf(values.x[j]));
@@ -146,88 +181,89 @@ __device__ __forceinline__ void write_wire(Tile values, uint8_t* row, int64_t n,
   }
 }
 
-// The mean of block `tile` over the silos' rows, summed in fp32 in silo order.
+// The mean of block `tile` over the silos' rows, summed in fp32 in silo order. The reads of several silos are in flight
+// together: 32 to 64 bytes a lane.
 template <Wire kWire, bool kPacked>
 __device__ __forceinline__ Tile mean_of(const uint8_t* received, int64_t silos, int64_t row_bytes, float sources,
                                         int64_t n, int64_t tile, int lane, int left) {
-  Tile sum = read_wire<kWire, kPacked>(received, n, tile, lane, left);
-#pragma unroll(kPacked ? 2 : 1)  // silos whose loads are in flight together
-  for (int64_t silo = 1; silo < silos; ++silo) {
-    const Tile row = read_wire<kWire, kPacked>(received + silo * row_bytes, n, tile, lane, left);
+  constexpr int kAhead = !kPacked ? 1 : kWire == kFp32 ? 2 : 4;
+  Tile sum = decoded(read_wire<kWire, kPacked>(received, n, tile, lane, left));
+  int64_t silo = 1;
+#pragma unroll 1
+  for (; silo + kAhead <= silos; silo += kAhead) {
+    Raw<kWire> raw[kAhead];
 #pragma unroll
-    for (int j = 0; j < kEach; ++j) sum.x[j] = __fadd_rn(sum.x[j], row.x[j]);
+    for (int a = 0; a < kAhead; ++a)
+      raw[a] = read_wire<kWire, kPacked>(received + (silo + a) * row_bytes, n, tile, lane, left);
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) add(sum, decoded(raw[a]));
   }
+#pragma unroll 1
+  for (; silo < silos; ++silo)
+    add(sum, decoded(read_wire<kWire, kPacked>(received + silo * row_bytes, n, tile, lane, left)));
 #pragma unroll
   for (int j = 0; j < kEach; ++j) sum.x[j] = __fdiv_rn(sum.x[j], sources);
   return sum;
 }
 
-// Calls work(tile, lane, left, packed) for every block of n elements that is this warp's; `packed` is a type whose
-// value says whether the block is whole and aligned.
-template <bool kPacked>
-struct Packed {
-  static constexpr bool value = kPacked;
+// Calls work(tile, lane, left) for every block of 256 in [first, end) that is this warp's; packed ones are all whole.
+struct Tiles {
+  int64_t n, first, end;
 };
-template <typename Work>
-__device__ __forceinline__ void for_each_tile(int64_t n, bool packed, Work work) {
+template <bool kPacked, typename Work>
+__device__ __forceinline__ void for_each_tile(Tiles tiles, Work work) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + static_cast<int>(threadIdx.x) / kWarp;
-  for (int64_t tile = first; tile * kBlock < n; tile += warps) {
-    const int64_t rest = n - tile * kBlock;
-    if (packed && rest >= kBlock) {
-      work(tile, lane, kBlock, Packed<true>{});
-    } else {
-      work(tile, lane, rest < kBlock ? static_cast<int>(rest) : kBlock, Packed<false>{});
-    }
+  const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + static_cast<int>(threadIdx.x) / kWarp;
+  for (int64_t tile = tiles.first + warp; tile < tiles.end; tile += warps) {
+    const int64_t rest = kPacked ? kBlock : tiles.n - tile * kBlock;
+    work(tile, lane, rest < kBlock ? static_cast<int>(rest) : kBlock);
   }
 }
 
-template <Wire kWire>
+template <Wire kWire, bool kPacked>
 __global__ void __launch_bounds__(kThreads, 4)
     body_pack(const float* __restrict__ value, const float* __restrict__ local, const float* __restrict__ carried,
-              float* __restrict__ residual, uint8_t* __restrict__ out, int64_t n, bool packed) {
-  for_each_tile(n, packed, [=](int64_t tile, int lane, int left, auto kind) {
-    constexpr bool kPacked = decltype(kind)::value;
+              float* __restrict__ residual, uint8_t* __restrict__ out, Tiles tiles) {
+  for_each_tile<kPacked>(tiles, [=](int64_t tile, int lane, int left) {
     const int64_t at = tile * kBlock;
-    Tile delta = load_tile<kPacked>(value + at, lane, left), other = {}, before = {};
+    Tile delta = load_tile<kPacked>(value + at, lane, left), other = {}, before = {}, rest = {};
     if (local) other = load_tile<kPacked>(local + at, lane, left);
     if (carried) before = load_tile<kPacked>(carried + at, lane, left);
+    if (kWire == kInt8 && residual) rest = load_tile<kPacked>(residual + at, lane, left);
     if (local) {
 #pragma unroll
       for (int j = 0; j < kEach; ++j) delta.x[j] = __fsub_rn(delta.x[j], other.x[j]);
     }
-    if (carried) {
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) delta.x[j] = __fadd_rn(before.x[j], delta.x[j]);
-    }
-    write_wire<kWire, kPacked>(delta, out, n, tile, lane, left, residual);
+    if (carried) add(delta, before);
+    if (kWire == kInt8 && residual) add(delta, rest);
+    write_wire<kWire, kPacked>(delta, out, tiles.n, tile, lane, left, residual);
   });
 }
 
-template <Wire kWire>
-__global__ void __launch_bounds__(kThreads, 4)
+template <Wire kWire, bool kPacked>
+__global__ void __launch_bounds__(kThreads, 3)
     body_mean(const uint8_t* __restrict__ received, int64_t silos, int64_t row_bytes, float sources,
-              float* __restrict__ out, int64_t n, bool packed) {
-  for_each_tile(n, packed, [=](int64_t tile, int lane, int left, auto kind) {
-    constexpr bool kPacked = decltype(kind)::value;
+              float* __restrict__ out, Tiles tiles) {
+  for_each_tile<kPacked>(tiles, [=](int64_t tile, int lane, int left) {
     store_tile<kPacked>(out + tile * kBlock,
-                        mean_of<kWire, kPacked>(received, silos, row_bytes, sources, n, tile, lane, left), lane, left);
+                        mean_of<kWire, kPacked>(received, silos, row_bytes, sources, tiles.n, tile, lane, left), lane,
+                        left);
   });
 }
 
-template <Wire kWire>
+template <Wire kWire, bool kPacked>
 __global__ void __launch_bounds__(kThreads, 3)
     body_unpack(const uint8_t* __restrict__ received, int64_t silos, int64_t row_bytes, float sources,
                 const float* __restrict__ value, float* __restrict__ momentum, float learning_rate, float mu,
-                uint8_t* __restrict__ back, float* __restrict__ residual, int64_t n, bool packed) {
-  for_each_tile(n, packed, [=](int64_t tile, int lane, int left, auto kind) {
-    constexpr bool kPacked = decltype(kind)::value;
+                uint8_t* __restrict__ back, float* __restrict__ residual, Tiles tiles) {
+  for_each_tile<kPacked>(tiles, [=](int64_t tile, int lane, int left) {
     const int64_t at = tile * kBlock;
     const Tile old = load_tile<kPacked>(value + at, lane, left);
-    Tile speed = {}, result;
+    Tile speed = {}, rest = {}, result;
     if (momentum) speed = load_tile<kPacked>(momentum + at, lane, left);
-    const Tile mean = mean_of<kWire, kPacked>(received, silos, row_bytes, sources, n, tile, lane, left);
+    if (kWire == kInt8 && residual) rest = load_tile<kPacked>(residual + at, lane, left);
+    const Tile mean = mean_of<kWire, kPacked>(received, silos, row_bytes, sources, tiles.n, tile, lane, left);
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
       result.x[j] = momentum ? outer_step(old.x[j], mean.x[j], learning_rate, mu, speed.x[j])
@@ -235,19 +271,20 @@ __global__ void __launch_bounds__(kThreads, 3)
       if constexpr (kWire != kFp32) result.x[j] = __fsub_rn(old.x[j], result.x[j]);
     }
     if (momentum) store_tile<kPacked>(momentum + at, speed, lane, left);
-    write_wire<kWire, kPacked>(result, back, n, tile, lane, left, residual);
+    if (kWire == kInt8 && residual) add(result, rest);
+    write_wire<kWire, kPacked>(result, back, tiles.n, tile, lane, left, residual);
   });
 }
 
 // `low` is bf16 or, where `low_half`, fp16.
-template <Wire kWire>
+template <Wire kWire, bool kPacked>
 __global__ void __launch_bounds__(kThreads, 4)
     body_apply(const uint8_t* __restrict__ back, float* __restrict__ value, float* __restrict__ master,
-               void* __restrict__ low, bool low_half, int64_t n, bool packed) {
-  for_each_tile(n, packed, [=](int64_t tile, int lane, int left, auto kind) {
-    constexpr bool kPacked = decltype(kind)::value;
+               void* __restrict__ low, bool low_half, Tiles tiles) {
+  for_each_tile<kPacked>(tiles, [=](int64_t tile, int lane, int left) {
     const int64_t at = tile * kBlock;
-    Tile result = read_wire<kWire, kPacked>(back, n, tile, lane, left);
+    const Raw<kWire> sent = read_wire<kWire, kPacked>(back, tiles.n, tile, lane, left);
+    Tile result = decoded(sent);
     if constexpr (kWire != kFp32) {
       const Tile old = load_tile<kPacked>(value + at, lane, left);
 #pragma unroll

@@ -176,11 +176,11 @@ def _accesses(ptx: str) -> dict[str, dict[str, int]]:
 
 
 def _readable(mangled: str) -> str:
-    """lookup_rows<__half, 8>, body_pack<int8>."""
+    """lookup_rows<__half, 8>, body_pack<int8, true>."""
     name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
     name = name.removeprefix("void ").replace("mdept::", "")
     for number, wire in enumerate(("fp32", "bf16", "int8")):
-        name = name.replace(f"<(Wire){number}>", f"<{wire}>")
+        name = name.replace(f"<(Wire){number}, ", f"<{wire}, ")
     return name[: name.index(">(") + 1]
 
 

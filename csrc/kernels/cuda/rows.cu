@@ -5,12 +5,12 @@
 namespace mdept {
 namespace {
 
-// Threads for a row of `packs` accesses: a warp; less for a short row; more warps for a long one, where they divide it
-// evenly and a thread still has several accesses to keep in flight.
-int lanes_for(int64_t packs) {
+// Threads for a row of `packs` accesses: a warp, less for a short row; and more warps, where they divide it evenly, for
+// one so long that a thread would have more than `each` accesses, the number that are in flight together.
+int lanes_for(int64_t packs, int64_t each) {
   int lanes = kWarp;
   while (lanes > 1 && lanes / 2 >= packs) lanes /= 2;
-  while (lanes < kThreads && packs % (lanes * 2) == 0 && packs / lanes > 4) lanes *= 2;
+  while (lanes < kThreads && packs % (lanes * 2) == 0 && packs / lanes > each) lanes *= 2;
   return lanes;
 }
 
@@ -25,7 +25,7 @@ int lookup(const float* table, int64_t rows, int64_t hidden, const int64_t* ids,
   constexpr int kPack = 16 / sizeof(Out);  // stores of 16 bytes
   Out* out = static_cast<Out*>(to);
   const bool packed = hidden % kPack == 0 && aligned(table, kPack) && aligned(position, kPack) && aligned(out, kPack);
-  const int lanes = lanes_for(packed ? hidden / kPack : hidden);
+  const int lanes = lanes_for(packed ? hidden / kPack : hidden, kPack == 8 ? 3 : 4);
   return launch(packed ? lookup_rows<Out, kPack> : lookup_rows<Out, 1>, hidden ? blocks_for(count, lanes) : 0, stream,
                 table, rows, hidden, ids, count, local_of, start, position, sequence, out, lanes);
 }
@@ -45,7 +45,9 @@ template <typename Delta>
 int scatter(const MdeptTrimScatterMean& a, void* stream) {
   const Delta* deltas = static_cast<const Delta*>(a.deltas);
   const bool packed = a.h % 4 == 0 && aligned(a.table, 4) && aligned(a.momentum, 4) && aligned(deltas, 4);
-  const int lanes = lanes_for(packed ? a.h / 4 : a.h);
+  const int64_t packs = packed ? a.h / 4 : a.h;
+  // Never more than a warp: a row's indices are read first, and more rows at once hide that better than more lanes.
+  const int lanes = lanes_for(packs, packs);
   return launch(packed ? scatter_mean<Delta, 4> : scatter_mean<Delta, 1>, a.h ? blocks_for(a.k, lanes) : 0, stream,
                 a.table, a.momentum, a.h, a.rows, a.k, a.starts, a.order, deltas, a.counts, a.learning_rate, a.mu,
                 lanes);
@@ -58,7 +60,7 @@ int sum(const void* from, int64_t hidden, const int64_t* starts, const int64_t* 
   const In* in = static_cast<const In*>(from);
   const bool packed = hidden % 4 == 0 && aligned(in, 4) && aligned(out, 4);
   const int64_t packs = packed ? hidden / 4 : hidden;
-  const int lanes = lanes_for(packs < kWarp ? packs : kWarp);
+  const int lanes = lanes_for(packs, packs);
   return launch(packed ? sum_rows<In, 4> : sum_rows<In, 1>, blocks_for(count * ((packs + lanes - 1) / lanes), lanes),
                 stream, in, hidden, starts, order, count, repeats, out, lanes);
 }

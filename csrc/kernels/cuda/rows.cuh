@@ -24,7 +24,7 @@ __device__ __forceinline__ Groups groups_of(int lanes) {
 }
 
 // out[i] = table[row] (+ position[i % sequence], in fp32), rounded once; row = local - start, where local is the id
-// itself or local_of[id]. A row outside [0, rows) reads as zeros. Gather of rows and look-up of embeddings are both this.
+// itself or local_of[id]. A row outside [0, rows) reads as zeros. Gather of rows and look-up of embeddings are this.
 template <typename Out, int W>
 __global__ void __launch_bounds__(kThreads, W == 8 ? 3 : 4)
     lookup_rows(const float* __restrict__ table, int64_t rows, int64_t hidden, const int64_t* __restrict__ ids,

@@ -1,11 +1,11 @@
 // CUDA source on the CPU, to be tested where there is no GPU: the part of the language and runtime our kernels use.
 //
-// With this folder on the include path the .cu files compile as C++ (g++ -x c++ -fsanitize=address,undefined), and every
-// CUDA thread is a fiber (ucontext) of one CPU thread. A fiber runs until it waits for others, in a barrier or a
+// With this folder on the include path the .cu files compile as C++ (g++ -x c++ -fsanitize=address,undefined), and
+// every CUDA thread is a fiber (ucontext) of one CPU thread. A fiber runs until it waits for others, in a barrier or a
 // shuffle, or ends. Threads of a block and blocks of a grid run forward, in reverse or at random (shim_set_order): a
-// value read before its writer ran, or a sum that depends on who comes first, differs in one of them. The sanitizers see
-// every access, alignment of vectors included. Threads that do not meet where CUDA wants them to (a barrier that some
-// skip, a shuffle whose mask names an absent lane) end the process with a message.
+// value read before its writer ran, or a sum that depends on who comes first, differs in one of them. The sanitizers
+// see every access, alignment of vectors included. Threads that do not meet where CUDA wants them to (a barrier that
+// some skip, a shuffle whose mask names an absent lane) end the process with a message.
 //
 // Not shown: speed, the memory model between two barriers, what hardware runs out of.
 
