@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from megatron_dept.common.errors import FederationError
@@ -18,6 +19,9 @@ from megatron_dept.engine.world import World
 
 _CHUNK = 1 << 20
 """Elements hashed at once: the 64-bit intermediate values of a chunk stay in cache."""
+_CHUNK_IN_PLACE = 1 << 24
+"""On a GPU: enough to fill it, little beside a body."""
+_INCREMENT, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def hash_partition(flat: Tensor, segments: Iterable[Segment], shapes: Mapping[str, Sequence[int]]) -> int:
@@ -26,18 +30,36 @@ def hash_partition(flat: Tensor, segments: Iterable[Segment], shapes: Mapping[st
     for name, shape in shapes.items():
         starts[name] = at
         at += math.prod(shape)
-    bits = flat.detach().cpu().contiguous().numpy().view(np.uint32)
+    pieces = ((starts[each.name] + each.start, each.place) for each in segments if each.primary)
+    if flat.device.type == "cpu":
+        return _hash_on_host(flat.detach().contiguous().numpy().view(np.uint32), pieces)
+    return _hash_in_place(flat.detach().contiguous(), pieces)
+
+
+def _hash_on_host(bits: np.ndarray, pieces: Iterable[tuple[int, slice]]) -> int:
+    """`pieces`: (place in the whole body of a piece's first element, where it lies in `bits`)."""
     total = np.uint64(0)
     with np.errstate(over="ignore"):
-        for segment in segments:
-            if not segment.primary:
-                continue
-            first, piece = starts[segment.name] + segment.start, bits[segment.place]
+        for first, place in pieces:
+            piece = bits[place]
             for low in range(0, len(piece), _CHUNK):
                 values = piece[low : low + _CHUNK].astype(np.uint64)
                 places = np.arange(first + low, first + low + len(values), dtype=np.uint64)
                 total += _mix(_mix(places) ^ values).sum(dtype=np.uint64)
     return int(total)
+
+
+def _hash_in_place(flat: Tensor, pieces: Iterable[tuple[int, slice]]) -> int:
+    """The same in torch's int64, whose sums and products wrap alike: a GPU's body stays on the GPU."""
+    bits = flat.view(torch.int32)
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for first, place in pieces:
+        for low in range(place.start, place.stop, _CHUNK_IN_PLACE):
+            values = bits[low : min(low + _CHUNK_IN_PLACE, place.stop)].long().bitwise_and_(0xFFFFFFFF)
+            begin = first + low - place.start
+            places = torch.arange(begin, begin + len(values), device=flat.device)
+            total += _mix_in_place(_mix_in_place(places).bitwise_xor_(values)).sum()
+    return int(total) % 2**64
 
 
 def join_hashes(parts: Iterable[int]) -> str:
@@ -63,7 +85,22 @@ def agree_on_body(world: World, engine: SiloEngine, value: Tensor, round: int) -
 
 def _mix(values: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser (Steele, Lea and Flood, 2014), element by element."""
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    values = values + np.uint64(_INCREMENT)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(_FIRST)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(_SECOND)
     return values ^ (values >> np.uint64(31))
+
+
+def _mix_in_place(values: Tensor) -> Tensor:
+    """`_mix` on int64, written over `values`."""
+    values += _signed(_INCREMENT)
+    for shift, factor in ((30, _FIRST), (27, _SECOND), (31, 1)):
+        # int64 is shifted with its sign; what came in from the left is masked away.
+        values ^= (values >> shift).bitwise_and_((1 << (64 - shift)) - 1)
+        values *= _signed(factor)
+    return values
+
+
+def _signed(number: int) -> int:
+    """The int64 with the bits of a uint64."""
+    return number - 2**64 if number >= 2**63 else number
