@@ -32,7 +32,7 @@ endif
 SOURCES := megatron_dept csrc tools tests benchmarks setup.py pretrain_dept.py
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test check format test-long test-all-layouts demo demo-all bench gpu-check clean distclean
+.PHONY: help venv test check format test-long test-all-layouts demo demo-all bench bench-vocabulary gpu-check clean distclean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /|/' | \
@@ -80,6 +80,9 @@ bench: venv  ## Measure the head and loss beside torch's, steps beside plain Dee
 	@$(PY) benchmarks/loss.py
 	@$(PY) -m benchmarks.layouts
 	@$(PY) -m benchmarks.convergence
+
+bench-vocabulary: venv  ## Embedding memory of every variant and step time by vocabulary, V = 250,112; 10 minutes, 8 GB
+	@$(PY) -m benchmarks.large_vocabulary --json build/large_vocabulary.json --picture build/large-vocabulary.png
 
 # Not venv: it works without a network, in the Python that PYTHON= names, and says itself what is missing there.
 gpu-check:  ## Build and check everything on a GPU, with no network needed; WHEELS= OUT= PYTHON=, or GPU_CHECK_ARGS=--help

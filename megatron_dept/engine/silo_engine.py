@@ -87,6 +87,9 @@ class SiloEngine:
             mpu=self._world.mpu,
             dist_init_required=False,
         )
+        if config.parallel.zero_stage == 0 and self._world.shape.data == 1:
+            # DeepSpeed would copy all gradients into a bucket, reduce it over this rank alone, and copy them back.
+            engine.enable_backward_allreduce = False
         return engine
 
     def train_step(
