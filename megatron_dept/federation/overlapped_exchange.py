@@ -87,6 +87,11 @@ class OverlappedExchange:
                 self._stream.synchronize()
         return time.perf_counter() - began
 
+    def _lend(self, tensor: Tensor) -> None:
+        """What the background's stream will read: its memory is not given to others before that is done."""
+        if self._stream is not None:
+            tensor.record_stream(self._stream)
+
     @property
     def value(self) -> Tensor:
         """fp32 [n], the newest global body: of phases in which it was applied, what their deltas are taken from."""
@@ -138,11 +143,13 @@ class OverlappedExchange:
     def add(self, local: Tensor) -> None:
         """See `Exchange`: `local` has had its update."""
         self.wait()
+        self._lend(local)
         self._exchange.add(local)
 
     def load_delta(self, total: Tensor) -> None:
         """See `Exchange`."""
         self.wait()
+        self._lend(total)
         self._exchange.load_delta(total)
 
     def residuals(self, segments: list[Segment]) -> list[Residual]:

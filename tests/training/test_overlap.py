@@ -226,7 +226,7 @@ def _paced(launch: Launch, config: RunConfig, slow: bool) -> list[bool]:
 def test_no_number_depends_on_when_the_exchange_is_done(
     finished: Finished, corpus: Corpus, tmp_path: Path, slow: bool
 ) -> None:
-    sections = {**overlapped(), "parallel": {"silos": 2}}
+    sections = {**overlapped(wire="int8", bucket_mb=0.01), "parallel": {"silos": 2}}
     config = small_config(corpus, tmp_path / "run", **sections)
     assert run_ranks(2, _paced, config, slow) == [[slow] * 2] * 2
     assert_same_run(config.run_dir, finished(2, **sections))
@@ -234,24 +234,26 @@ def test_no_number_depends_on_when_the_exchange_is_done(
 
 STOPS = {
     "before the update": Stop(0, 7),
-    "in the step after which the update comes": Stop(0, 8),
+    "in the step after which the update comes, int8": Stop(0, 8),
     "after the update": Stop(1, 6),
     "in the second slot, beside an idle silo": Stop(0, 11),
     "at a round's last step": Stop(0, 12),
 }
 
 
-@pytest.mark.parametrize("name", further(STOPS, "before the update", "in the step after which the update comes"))
+@pytest.mark.parametrize("name", further(STOPS, "before the update", "in the step after which the update comes, int8"))
 def test_a_stopped_run_goes_on_as_if_never_stopped(
     finished: Finished, corpus: Corpus, tmp_path: Path, name: str
 ) -> None:
     """In the second of three rounds of three steps; two silos, three sources. The exchange of the first is over by then
-    or waited for, and the round it belongs to is written down."""
-    sections = {**merged(overlapped(), inner_state="keep", variant="trim"), "parallel": {"silos": 2}}
+    or waited for, and the round it belongs to is written down. What an int8 wire owes after it is saved."""
+    outer = overlapped(wire="int8" if "int8" in name else "fp32")
+    sections = {**merged(outer, inner_state="keep", variant="trim"), "parallel": {"silos": 2}}
     config = small_config(corpus, tmp_path / "run", **sections)
     checkpoint = stopped(config, 2, STOPS[name])
     assert checkpoint.manifest["round"] == 1 and checkpoint.manifest["progress"]["flights"]
     assert hashes(config.run_dir)[0].keys() == {0}
+    assert bool(checkpoint.index.paths("residual/")) == ("int8" in name)
     assert train(config, 2) == [True] * 2
     assert_same_run(config.run_dir, finished(2, **sections))
     assert_ledger_rounds(config.run_dir, finished(2, **sections))
