@@ -66,18 +66,37 @@ class Card(BaseModel):
     command: Any = None
 
 
+class TokenizerShelf:
+    """The tokenizer used last, by its fingerprint: directories made with one tokenizer hold a copy of its file each."""
+
+    def __init__(self) -> None:
+        self._last: tuple[str, Tokenizer] | None = None
+
+    def get(self, fingerprint: str, file: Path) -> Tokenizer:
+        """The tokenizer of `file`, which has this fingerprint; loaded where it is not the last."""
+        # Read once: another thread may put another there.
+        last = self._last
+        if last is None or last[0] != fingerprint:
+            self._last = None  # freed before the next is loaded
+            self._last = last = (fingerprint, load_tokenizer(file))
+        return last[1]
+
+
 class DatasetDirectory:
     """An opened dataset directory. `card` is card.json as it stands (checked against `Card`), `name` the source's."""
 
-    def __init__(self, path: Path, card: dict[str, Any]) -> None:
+    def __init__(self, path: Path, card: dict[str, Any], shelf: "TokenizerShelf") -> None:
         self.path = path
         self.card = card
         self.name: str = card["name"]
-        self._tokenizer: Tokenizer | None = None
+        self._shelf = shelf
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
-        """Read the card and check that the tokenizer beside it is the one it names; `DataError` where not."""
+    def open(cls, path: str | Path, shelf: "TokenizerShelf | None" = None) -> Self:
+        """Read the card and check that the tokenizer beside it is the one it names; `DataError` where not.
+
+        `shelf`: of several directories that may have a tokenizer in common.
+        """
         path = Path(path)
         file = path / CARD_FILE
         if not file.is_file():
@@ -97,20 +116,19 @@ class DatasetDirectory:
         found, expected = sha256_file(copy), card["tokenizer"]["fingerprint"]
         if found != expected:
             raise DataError(f"{copy} has fingerprint {found}, but {file.name} names {expected}; {REMEDY}")
-        return cls(path, card)
+        return cls(path, card, shelf or TokenizerShelf())
 
     def tokenizer(self) -> Tokenizer:
         """The dataset's tokenizer, loaded once. Raises `DataError` where it is not what the card says."""
-        if self._tokenizer is None:
-            named = self.card["tokenizer"]
-            tokenizer = load_tokenizer(self.path / named["file"])
-            if (tokenizer.kind, tokenizer.vocab_size) != (named["kind"], named["vocab_size"]):
-                raise DataError(
-                    f"{tokenizer.path} is {tokenizer.kind} of {tokenizer.vocab_size} ids, but {self.path / CARD_FILE} "
-                    f"says {named['kind']} of {named['vocab_size']}; {REMEDY}"
-                )
-            self._tokenizer = tokenizer
-        return self._tokenizer
+        named = self.card["tokenizer"]
+        file = self.path / named["file"]
+        tokenizer = self._shelf.get(named["fingerprint"], file)
+        if (tokenizer.kind, tokenizer.vocab_size) != (named["kind"], named["vocab_size"]):
+            raise DataError(
+                f"{file} is {tokenizer.kind} of {tokenizer.vocab_size} ids, but {self.path / CARD_FILE} "
+                f"says {named['kind']} of {named['vocab_size']}; {REMEDY}"
+            )
+        return tokenizer
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raise `DataError`, naming both, unless this dataset was made with `tokenizer`."""

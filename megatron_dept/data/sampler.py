@@ -67,15 +67,21 @@ class SampleStream:
             self._fill(out[row], self._order(number), position)
         return out
 
+    def prepare(self, cursor: int) -> None:
+        """Build now the order of the epoch that sample `cursor` is in, which else its first batch does."""
+        self._order(cursor // self.samples_per_epoch)
+
     def _order(self, number: int) -> Epoch:
-        if self._epoch is None or self._epoch.number != number:
-            self._epoch = None  # freed before the next is built: never two in memory
+        # Held here: another thread may be preparing another epoch.
+        epoch = self._epoch
+        if epoch is None or epoch.number != number:
+            self._epoch = epoch = None  # freed before the next is built: never two in memory
             documents = generator_for(self.seed, "documents", self.name, number).permutation(len(self.indexed))
             starts = build_sample_index(self.indexed.sizes, documents, self.seq_length)
             samples = generator_for(self.seed, "samples", self.name, number).permutation(self.samples_per_epoch)
             assert len(starts) == self.samples_per_epoch + 1, "every epoch holds the same tokens"
-            self._epoch = Epoch(number, documents, starts, samples)
-        return self._epoch
+            self._epoch = epoch = Epoch(number, documents, starts, samples)
+        return epoch
 
     def _fill(self, out: np.ndarray, epoch: Epoch, position: int) -> None:
         """Copy the sample at `position` of the epoch, document by document, into `out` [L + 1]."""

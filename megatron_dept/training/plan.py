@@ -157,7 +157,7 @@ def _variant(config: RunConfig, layout: Layout, variant: Variant, sources: Sourc
     if missing:
         raise ConfigError(f"sources: {', '.join(missing)} have no {same.data_field}, which variant {variant} trains on")
     sources = sources or SourceSet(same)
-    sizes = {name: len(vocabulary) for name, vocabulary in sources.vocabularies.items()}
+    sizes = {name: sources.cards[name].vocabulary_size for name in sources.vocabularies}
     largest = max(sizes.values())
     vocab_size = sources.vocab_size or largest
     sampled = sources.trained

@@ -6,9 +6,11 @@ round's other turns will still write is not read before it has ended.
 
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 
 from megatron_dept.checkpoint.store import SourceStore
+from megatron_dept.common.errors import UserError
 from megatron_dept.training.embeddings import EmbeddingBroker
 from megatron_dept.training.inner_state import InnerState
 from megatron_dept.training.sources import SourceSet
@@ -23,14 +25,24 @@ class SourceSwitch:
         self._store = store
         self._broker = broker
         self._seconds = 0.0
+        self._opener = ThreadPoolExecutor(1, thread_name_prefix="source-open")
 
-    def fetch_ahead(self, name: str | None, written: Collection[str] = ()) -> None:
-        """Begin to read what source `name`, whose turn comes next, has in the store; not if it is still `written`."""
-        if name is None or name in written or name not in self._sources.cards:
+    def fetch_ahead(self, name: str, cursor: int, written: Collection[str] = ()) -> None:
+        """Begin to open source `name`, whose turn comes next at sample `cursor`, and to read what the store has of it.
+
+        Not yet if it is among those still in training, or `written`, in this round.
+        """
+        if name in written:
             return
+        self._opener.submit(self._open, name, cursor)
         reads = (self._broker.ahead(name, self._sources.cards[name].vocabulary_size), self.inner.ahead(name))
         if any(reads):
             self._store.fetch_ahead(name, [read for read in reads if read is not None])
+
+    def _open(self, name: str, cursor: int) -> None:
+        # What is wrong with it, its turn finds and says.
+        with suppress(UserError, OSError):
+            self._sources[name].prepare(cursor)
 
     def flush(self) -> None:
         """Wait until what turns have left is on disk, for other ranks to read; `CheckpointError` where it is not."""

@@ -10,15 +10,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_dept.common.errors import ConfigError, DataError
+from megatron_dept.common.lazy import LazyMapping
 from megatron_dept.config.schema import RunConfig
 from megatron_dept.data.blend import BlendedStream
-from megatron_dept.data.directory import DatasetDirectory
+from megatron_dept.data.directory import DatasetDirectory, TokenizerShelf
 from megatron_dept.data.remap import VocabularyMap
 from megatron_dept.data.sampler import SampleStream
 from megatron_dept.dept.sampling import assign_home_slots, assign_slots
 from megatron_dept.dept.variants import VARIANTS
+from megatron_dept.tokenizers.base import Tokenizer
 from megatron_dept.tokenizers.load import load_tokenizer
 
+KEPT_OPEN = 8
+"""Sources that stay open, those used last: the one in training, the next one, and those of a run that has few."""
 MIXTURE = "mixture"
 """The name under which the blend of all sources trains."""
 
@@ -30,6 +34,11 @@ class Source:
     name: str
     vocabulary: VocabularyMap
     stream: SampleStream | BlendedStream
+
+    def prepare(self, cursor: int) -> None:
+        """Do now what the first batch from `cursor` on would wait for."""
+        if isinstance(self.stream, SampleStream):
+            self.stream.prepare(cursor)
 
     def batch(self, cursor: int, count: int) -> np.ndarray:
         """Samples cursor to cursor + count: int64 [count, L + 1], local rows of the vocabulary.
@@ -71,7 +80,8 @@ class SourceSet:
     """All sources of a run. `names` are those of the configuration; `trained` what the rounds sample from.
 
     `directories` and `vocabularies` are of the sources whose data this launch has; `cards` of all, as soon as silos
-    that are launches of their own have told each other (`learn`).
+    that are launches of their own have told each other (`learn`). All sources are checked at the start, one after
+    another, and then opened when they are asked for: of a thousand few are open. A blend keeps all of its open.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -81,55 +91,75 @@ class SourceSet:
         self.names = tuple(source.name for source in config.sources)
         if MIXTURE in self.names:
             raise ConfigError(f"sources: the name {MIXTURE!r} is the blend's; choose another")
-        self.directories = {
-            source.name: DatasetDirectory.open(getattr(source, config.data_field))
-            for source in config.sources
-            if config.is_at_home(source)
+        paths = {
+            source.name: getattr(source, config.data_field) for source in config.sources if config.is_at_home(source)
         }
-        if self._rule.vocabulary != "own":
-            _check_one_tokenizer(config, self.directories)
-        sizes = {name: directory.tokenizer().vocab_size for name, directory in self.directories.items()}
-        self.vocab_size = None if self._rule.vocabulary == "own" else next(iter(sizes.values()))
-        self.vocabularies = {
-            name: VocabularyMap(
-                directory.vocabulary() if self._rule.vocabulary == "trimmed" else np.arange(sizes[name]), sizes[name]
-            )
-            for name, directory in self.directories.items()
-        }
-        self.cards = {
-            name: SourceCard(
-                len(self.vocabularies[name]),
-                sizes[name],
-                fingerprint(directory),
-                text_fingerprint(directory),
-                str(directory.path),
-            )
-            for name, directory in self.directories.items()
-        }
-        for name, vocabulary in self.vocabularies.items():
-            if len(vocabulary) < config.parallel.most_tensor_ranks:
-                raise ConfigError(
-                    f"source {name} has {len(vocabulary)} rows for tensor_model_parallel_size "
-                    f"{config.parallel.most_tensor_ranks}: every tensor rank needs one; set it to at most "
-                    f"{len(vocabulary)}"
-                )
-        streams = {
-            name: SampleStream(directory.indexed("train"), config.model.seq_length, config.seed, name)
-            for name, directory in self.directories.items()
-        }
-        if self._rule.synchronous:
+        self._shelf = TokenizerShelf()
+        self._paths = paths
+        at_home = tuple(paths)
+        self.directories = LazyMapping(at_home, self._open, KEPT_OPEN)
+        # A global vocabulary is one tokenizer: the configured one, or else the first source's.
+        reference: Tokenizer | None = None
+        if self.kind != "own":
+            first = self.directories[at_home[0]]
+            reference = first.tokenizer() if config.tokenizer is None else load_tokenizer(config.tokenizer)
+        self.cards = {name: self._check(name, config, reference) for name in at_home}
+        self.vocab_size = None if reference is None else reference.vocab_size
+        self._every_id: VocabularyMap | None = None
+        if self.kind == "global":
             assert self.vocab_size is not None
+            self._every_id = VocabularyMap(np.arange(self.vocab_size), self.vocab_size)
+        self.vocabularies = LazyMapping(at_home, self._vocabulary, KEPT_OPEN)
+        self._sources: Mapping[str, Source]
+        if self._rule.synchronous:
+            assert self._every_id is not None
             blend = BlendedStream(
-                list(streams.values()),
-                [directory.indexed("train").total_tokens for directory in self.directories.values()],
+                [self._stream(name, config) for name in at_home],
+                [self.directories[name].card["splits"]["train"]["tokens"] for name in at_home],
                 config.dept.std_tau,
                 config.seed,
             )
-            every_id = VocabularyMap(np.arange(self.vocab_size), self.vocab_size)
-            self._sources = {MIXTURE: Source(MIXTURE, every_id, blend)}
+            self._sources = {MIXTURE: Source(MIXTURE, self._every_id, blend)}
         else:
-            self._sources = {name: Source(name, self.vocabularies[name], stream) for name, stream in streams.items()}
+            self._sources = LazyMapping(
+                at_home, lambda name: Source(name, self.vocabularies[name], self._stream(name, config)), KEPT_OPEN
+            )
         self.trained = (MIXTURE,) if self._rule.synchronous else self.names
+
+    def _open(self, name: str) -> DatasetDirectory:
+        return DatasetDirectory.open(self._paths[name], self._shelf)
+
+    def _check(self, name: str, config: RunConfig, reference: Tokenizer | None) -> SourceCard:
+        """Find what is wrong with a source's data before it trains."""
+        directory = self.directories[name]
+        if reference is not None:
+            directory.check_tokenizer(reference)
+        # The card's size is that of the tokenizer with the card's fingerprint, which its file has. To load it for that,
+        # a thousand sources' a thousand times, would take minutes.
+        vocab_size = directory.card["tokenizer"]["vocab_size"]
+        rows = len(directory.vocabulary()) if self.kind == "trimmed" else vocab_size
+        card = SourceCard(rows, vocab_size, fingerprint(directory), text_fingerprint(directory), str(directory.path))
+        if rows < config.parallel.most_tensor_ranks:
+            raise ConfigError(
+                f"source {name} has {rows} rows for tensor_model_parallel_size {config.parallel.most_tensor_ranks}: "
+                f"every tensor rank needs one; set it to at most {rows}"
+            )
+        self._stream(name, config)
+        return card
+
+    def _stream(self, name: str, config: RunConfig) -> SampleStream:
+        return SampleStream(self.directories[name].indexed("train"), config.model.seq_length, config.seed, name)
+
+    def _vocabulary(self, name: str) -> VocabularyMap:
+        if self._every_id is not None:
+            return self._every_id
+        vocab_size = self.cards[name].vocab_size
+        ids = self.directories[name].vocabulary() if self.kind == "trimmed" else np.arange(vocab_size)
+        return VocabularyMap(ids, vocab_size)
+
+    def ids(self, name: str) -> np.ndarray:
+        """The ids of its tokenizer that a source's rows stand for, int64 [v]; it is not kept open for that."""
+        return self._open(name).vocabulary() if self.kind == "trimmed" else np.arange(self.cards[name].vocab_size)
 
     def __getitem__(self, name: str) -> Source:
         return self._sources[name]
@@ -179,13 +209,3 @@ def text_fingerprint(directory: DatasetDirectory) -> str:
     size = directory.card["splits"]["train"]
     digest = hashlib.blake2b(np.ascontiguousarray(directory.token_counts).tobytes(), digest_size=8).hexdigest()
     return f"{size['documents']} documents, {size['tokens']} tokens, counts {digest}"
-
-
-def _check_one_tokenizer(config: RunConfig, directories: dict[str, DatasetDirectory]) -> None:
-    """A global vocabulary is one tokenizer: the configured one, or else the first source's."""
-    if config.tokenizer is not None:
-        reference = load_tokenizer(config.tokenizer)
-    else:
-        reference = next(iter(directories.values())).tokenizer()
-    for directory in directories.values():
-        directory.check_tokenizer(reference)

@@ -138,7 +138,7 @@ class RunState:
             self._store.keep(name, partial(self._ids, name))
 
     def _ids(self, name: str) -> dict[str, Tensor]:
-        return whole(f"vocabulary/{name}", torch.from_numpy(self._sources.vocabularies[name].ids.copy()))
+        return whole(f"vocabulary/{name}", torch.from_numpy(self._sources.ids(name)))
 
     def resume_flight(self, name: str, owner: EmbeddingOwner | None) -> None:
         """Put back a local phase that the restored checkpoint caught under way; `owner` as its silo's rank has one."""

@@ -41,6 +41,8 @@ class TrafficPlan:
         self._variant = VARIANTS[config.dept.variant]
         self._hidden = config.model.hidden_size
         self._positions = config.model.seq_length if config.model.has_position_table else 0
+        # Always the same, and to know it every source's vocabulary is opened.
+        self._evaluation: int | None = None
 
     def round_bytes(self, sampled: Sequence[str]) -> dict[str, int]:
         """Bytes sent in a round of these sources, by kind, where no source is left out."""
@@ -53,11 +55,13 @@ class TrafficPlan:
 
     def evaluation_bytes(self) -> int:
         """Bytes sent to fetch the rows that one validation of all sources needs."""
-        slots = self._sources.slots(self._sources.names, self._layout.silos)
-        if self._variant.vocabulary == "global":
-            # One embedding serves all sources: each silo fetches it once.
-            slots = ((next(iter(self._sources.vocabularies)),) * self._layout.silos,)
-        return sum(self._shared_rows(slots).values())
+        if self._evaluation is None:
+            slots = self._sources.slots(self._sources.names, self._layout.silos)
+            if self._variant.vocabulary == "global":
+                # One embedding serves all sources: each silo fetches it once.
+                slots = ((next(iter(self._sources.vocabularies)),) * self._layout.silos,)
+            self._evaluation = sum(self._shared_rows(slots).values())
+        return self._evaluation
 
     def _shared_rows(self, slots: Slots, fetch: bool = True) -> dict[str, int]:
         """By kind, bytes of fetching the shared rows of all `slots`' sources, or (`fetch` False) of returning them."""

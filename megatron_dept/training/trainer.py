@@ -10,6 +10,7 @@ before it, add what it made of that after so many steps, and the round is writte
 """
 
 import time
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -131,7 +132,7 @@ class Trainer:
         number = self.progress.round - 1
         if self._validation is not None and validates(self._config.evaluation, number):
             self._validate(self._validation, number)
-        self._switch.fetch_ahead(following)
+        self._fetch_ahead(following)
         self._ended = self._books.end(self.progress, sampled, entry | {"seconds": time.perf_counter() - began})
         if self._overlapped is None:
             self._write_down_round()
@@ -148,7 +149,7 @@ class Trainer:
         first_common = max((flight.step for flight in self.progress.flights.values()), default=0)
         with self._switch.clock():
             local = self._begin_phase(self._own(slot))
-            self._switch.fetch_ahead(upcoming, written=(*self.progress.done, *self._active))
+            self._fetch_ahead(upcoming, written=(*self.progress.done, *self._active))
         with self._watch.phase("inner step"):
             if not self._train(
                 local, save_steps(self._config.checkpoint, self.progress.round, self._config.dept.n_local, first_common)
@@ -382,6 +383,10 @@ class Trainer:
         names = self._sources.trained
         count = len(names) if self._variant.synchronous else (self._config.dept.sources_per_round or len(names))
         return sample_sources(self._config.seed, number, names, count)
+
+    def _fetch_ahead(self, name: str | None, written: Collection[str] = ()) -> None:
+        if name is not None:
+            self._switch.fetch_ahead(name, self.progress.cursors.get(name, 0), written)
 
     def _own(self, slot: tuple[str | None, ...]) -> str | None:
         return slot[self._world.place.silo]

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from megatron_dept.common.lazy import LazyMapping
 from megatron_dept.config.schema import RunConfig
 from megatron_dept.engine.silo_engine import SiloEngine
 from megatron_dept.engine.world import World
@@ -13,7 +14,7 @@ from megatron_dept.evaluation.perplexity import Score, score
 from megatron_dept.models.embedding import SourceEmbedding
 from megatron_dept.training.embeddings import EmbeddingBroker
 from megatron_dept.training.metrics import Metrics
-from megatron_dept.training.sources import SourceSet
+from megatron_dept.training.sources import KEPT_OPEN, SourceSet
 
 
 class Validation:
@@ -28,7 +29,10 @@ class Validation:
         self._engine = engine
         self._broker = broker
         self._slots = sources.slots(sources.names, world.layout.silos)
-        self._texts = {slot[world.place.silo]: self._heldout(slot[world.place.silo]) for slot in self._slots}
+        own = [name for slot in self._slots if (name := slot[world.place.silo]) is not None]
+        self._texts = LazyMapping(own, self._heldout, KEPT_OPEN)
+        for name in own:
+            self._texts[name]  # what is wrong with it is found before a step is trained
 
     def run(self) -> dict[str, tuple[Score, int]]:
         """(score, tokens replaced by their bytes) of each source this silo evaluates, of whole texts; collective."""
@@ -40,8 +44,8 @@ class Validation:
             name = slot[self._world.place.silo]
             if not common:
                 embedding = self._view(name)
-            text = self._texts[name]
-            if name is not None and text is not None and self._broker.has(name):
+            if name is not None and self._broker.has(name):
+                text = self._texts[name]
                 parts = self._world.data.all_gather_object((self._score(embedding, text), text.replaced))
                 replaced = sum(part[1] for part in parts)
                 scores[name] = (sum((part[0] for part in parts[1:]), parts[0][0]), replaced)
@@ -61,9 +65,7 @@ class Validation:
         with torch.no_grad():
             return score(forward, text, self._config.training.micro_batch_size)
 
-    def _heldout(self, name: str | None) -> HeldoutText | None:
-        if name is None:
-            return None
+    def _heldout(self, name: str) -> HeldoutText:
         text = heldout_windows(
             self._sources.directories[name],
             self._config.model.seq_length,
