@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_dept.ops.body import BLOCK, Wire, body_apply, body_mean, body_pack, body_unpack, wire_bytes
-from megatron_dept.ops.remap import remap_lookup, remap_lookup_backward
+from megatron_dept.ops.remap import grouped, remap_lookup, remap_lookup_backward
 from megatron_dept.ops.rows import order_by_row, trim_gather, trim_scatter_mean
 
 RATE, MU = 0.7, 0.9
@@ -174,13 +174,16 @@ def _lookup_inputs(dtype: torch.dtype) -> Callable[[Sizes, torch.device, int], d
         # Squared: some ids occur far more often than others, as in text.
         drawn = torch.rand(shape, device=device, generator=_generator(device, seed)).square_().mul_(size.rows)
         ids = drawn.long().clamp_(max=size.rows - 1)
+        touched, starts, order = grouped(local_of[ids], local, 0)
         return {
             "ids": ids,
             "local_of": local_of.to(torch.int32),
             "table": _randn((local, size.hidden), device, seed),
             "position": _randn((size.sequence, size.hidden), device, seed + 1),
             "grad": _randn((*shape, size.hidden), device, seed + 2).to(dtype),
-            "touched": int(local_of[ids].unique().numel()),
+            "touched": len(touched),
+            "starts": starts,
+            "order": order,
         }
 
     return make
@@ -196,11 +199,17 @@ def _lookup(dtype: torch.dtype) -> Case:
     def run(x: dict[str, Any]) -> Tensor:
         return remap_lookup(x["ids"], x["local_of"], x["table"], x["position"], dtype)
 
+    def alone(x: dict[str, Any]) -> None:
+        out = torch.empty_like(x["grad"])
+        torch.ops.megatron_dept.remap_lookup(x["ids"], x["local_of"], x["table"], x["position"], 0, out)
+
     def moved(x: dict[str, Any]) -> int:
         lists = size_of(x["ids"]) + x["ids"].numel() * 4
         return lists + x["touched"] * x["table"].shape[1] * 4 + size_of(x["position"], x["grad"])
 
-    return Case(f"remap_lookup to {_label(dtype)}", _lookup_inputs(dtype), run, eager, moved)
+    # The face looks whether every id is known, which the host waits for.
+    peers = {"kernel without its face": alone}
+    return Case(f"remap_lookup to {_label(dtype)}", _lookup_inputs(dtype), run, eager, moved, peers)
 
 
 def _lookup_backward(dtype: torch.dtype) -> Case:
@@ -214,11 +223,18 @@ def _lookup_backward(dtype: torch.dtype) -> Case:
         dense = torch.ops.aten.embedding_dense_backward(x["grad"].float(), local, len(x["table"]), -1, False)
         return dense, x["grad"].float().sum(0)
 
+    def alone(x: dict[str, Any]) -> None:
+        grad, position = x["grad"], torch.empty_like(x["position"])
+        rows = torch.empty(x["touched"], grad.shape[2], device=grad.device)
+        torch.ops.megatron_dept.remap_backward(grad, x["starts"], x["order"], rows, position)
+
     def moved(x: dict[str, Any]) -> int:
         lists = size_of(x["ids"]) + x["ids"].numel() * 4 + x["touched"] * 8
         return lists + size_of(x["grad"], x["position"]) + x["touched"] * x["table"].shape[1] * 4
 
-    return Case(f"remap_lookup_backward of {_label(dtype)}", _lookup_inputs(dtype), run, eager, moved)
+    # The face sorts the occurrences first, and how many rows they are the host must know.
+    peers = {"kernel without its face": alone}
+    return Case(f"remap_lookup_backward of {_label(dtype)}", _lookup_inputs(dtype), run, eager, moved, peers)
 
 
 def _body_inputs(wire: Wire) -> Callable[[Sizes, torch.device, int], dict[str, Any]]:

@@ -170,6 +170,10 @@ def run_all(device: torch.device, only: str, path: Path | None, seconds: float) 
         "cases": [],
         "failed": {},
     }
+    if on_gpu and not figures["native"]:
+        # What would be timed as ours is the reference: figures of it are no kernel's.
+        figures["failed"]["all kernels"] = "they are not built for this device; run the step build first"
+        return _ended(path, figures)
     wanted = [case for case in cases() if only in case.name]
     for case in wanted:
         variants = {"kernel": case.run, "torch eager": case.eager, **case.peers}
@@ -196,6 +200,11 @@ def run_all(device: torch.device, only: str, path: Path | None, seconds: float) 
         except Exception as error:
             entries[case.name]["torch.compile"] = {NOT_PRESENT: _first_line(error)}
         _between(device, path, figures)
+    return _ended(path, figures)
+
+
+def _ended(path: Path | None, figures: dict[str, Any]) -> int:
+    write_figures(path, figures)
     print_table(figures)
     for name, message in figures["failed"].items():
         print(f"{name}: FAILED: {message}")

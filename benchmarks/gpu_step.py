@@ -33,7 +33,7 @@ from megatron_dept.config.load import validate_config
 from megatron_dept.config.presets import PRESETS
 from megatron_dept.config.schema import RunConfig
 from megatron_dept.models.flops import body_parameters, flops_per_token
-from megatron_dept.models.loss import linear_cross_entropy
+from megatron_dept.models.loss import _add_outer, linear_cross_entropy
 from megatron_dept.training.hardware import datasheet_flops
 
 CASE_SECONDS = 240.0
@@ -276,6 +276,39 @@ def head_by_chunk(device: torch.device) -> list[dict[str, Any]]:
     return figures
 
 
+def table_gradient(device: torch.device) -> list[dict[str, Any]]:
+    """The head's gradient of one chunk onto the fp32 table: as it is formed now, a block of rows at a time in bf16, and
+    in one product that accumulates in fp32, which torch has on GPUs alone."""
+    on_gpu = device.type == "cuda"
+    shapes = [(768, 50_304, 4096), (2048, 250_112, 1024)] if on_gpu else [(32, 700, 16)]
+    figures = []
+    for hidden, vocabulary, chunk in shapes:
+        total = torch.zeros(vocabulary, hidden, device=device)
+        gradient = torch.randn(chunk, vocabulary, device=device, dtype=torch.bfloat16)
+        states = torch.randn(chunk, hidden, device=device, dtype=torch.bfloat16)
+        ways = {
+            "ms": functools.partial(_in_blocks, total, gradient, states),
+            "ms_one_product": functools.partial(_in_one_product, total, gradient, states),
+        }
+        entry: dict[str, Any] = {"hidden": hidden, "vocabulary": vocabulary, "chunk": chunk}
+        for name, way in ways.items():
+            try:
+                entry[name] = round(1000 * time_calls(way, 1, device, seconds=0.3).median, 3)
+            except (TypeError, RuntimeError) as error:
+                entry[name] = f"not present: {str(error).splitlines()[0][:80]}"
+        figures.append(entry)
+        del total, gradient, states, ways
+    return figures
+
+
+def _in_blocks(total: torch.Tensor, gradient: torch.Tensor, states: torch.Tensor, _: int) -> None:
+    _add_outer(total, gradient, states, first=False)
+
+
+def _in_one_product(total: torch.Tensor, gradient: torch.Tensor, states: torch.Tensor, _: int) -> None:
+    torch.addmm(total, gradient.t(), states, out_dtype=torch.float32, out=total)
+
+
 def _head_step(states: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, chunk: int, _: int) -> None:
     states.grad = table.grad = None
     linear_cross_entropy(states, table, targets, chunk).backward()
@@ -305,6 +338,7 @@ def run_all(device: str, path: Path | None, seconds: float) -> int:
     began = time.monotonic()
     figures: dict[str, Any] = {"device": device, "head": [], "cases": [], "left_out": []}
     figures["head"] = head_by_chunk(torch.device(device))
+    figures["table_gradient"] = table_gradient(torch.device(device))
     if device == "cuda":
         torch.cuda.empty_cache()
     write_figures(path, figures)

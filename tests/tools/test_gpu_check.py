@@ -275,6 +275,7 @@ def whole_report() -> list[dict[str, Any]]:
     step = {
         "head": [{"hidden": 768, "vocabulary": 50_304, "chunk": 256, "ms": 9.0, "of_product_rate": 0.5}],
         "cases": [{"case": "dept-1.3b", "error": "out of memory"}],
+        "table_gradient": [{"hidden": 768, "vocabulary": 50_304, "chunk": 256, "ms": 1.0, "ms_one_product": 0.5}],
         "left_out": ["dept-125m"],
     }
     return [
@@ -343,6 +344,7 @@ def test_a_rehearsal_goes_through_measuring_and_the_report(tmp_path: Path) -> No
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_a_rehearsal_of_everything(tmp_path: Path) -> None:
     done = tool("--device", "cpu", "--again", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -158,6 +158,12 @@ def _step(data: dict[str, Any]) -> list[str]:
         for e in data["head"]
     ]
     lines += _table(("h", "V", "chunk", "ms", "of the product rate"), heads)
+    lines += ["", "The head's gradient of one chunk onto the fp32 table, in blocks (as it is) and in one product:", ""]
+    gradients = [
+        (e["hidden"], f"{e['vocabulary']:,}", f"{e['chunk']:,}", e["ms"], e["ms_one_product"])
+        for e in data["table_gradient"]
+    ]
+    lines += _table(("h", "V", "chunk", "ms", "ms in one product"), gradients)
     return lines + [f"- left out for time: {name}" for name in data["left_out"]]
 
 
