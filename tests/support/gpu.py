@@ -134,6 +134,12 @@ def collectives(device: str) -> dict[str, bool]:
         name = str(dtype).removeprefix("torch.")
         found[f"all_reduce {name}"] = torch.equal(summed, sent) and torch.equal(largest, sent)
         found[f"reduce_scatter {name}"] = torch.equal(peers.reduce_scatter_sum(sent, "activation"), sent)
+        mine, gathered = torch.zeros_like(sent), [torch.zeros_like(sent)]
+        peers.start_reduce_scatter_sum(sent, mine, "body").wait()
+        peers.start_all_gather(sent, gathered, "body").wait()
+        peers.start_all_to_all([sent], gathered, "body").wait()
+        # Of a group of one nothing is sent: what is a rank's own is left alone.
+        found[f"started {name}"] = torch.equal(mine, sent) and not gathered[0].any()
     found["objects"] = peers.all_gather_object({"of": "the host"}) == [{"of": "the host"}]
     peers.barrier()
     peers.wait_for_all(lambda: None)

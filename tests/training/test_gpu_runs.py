@@ -22,9 +22,14 @@ pytestmark = pytest.mark.gpu
 
 SMOOTH = {"epsilon": 1e-3, "learning_rate": 3e-3, "warmup_steps": 2}
 """With a large epsilon the update is a smooth function of the gradient, and rounding alone turns no sign."""
+NESTEROV = {"optimizer": "nesterov", "learning_rate": 0.7, "momentum": 0.9}
 MATRIX: dict[str, dict[str, Any]] = {
     "trim": {"dept": {"variant": "trim"}, "parallel": {"zero_stage": 1}},
     "glob": {"dept": {"variant": "glob", "inner_state": "keep"}, "parallel": {"zero_stage": 3}},
+    "glob, overlapped": {
+        "dept": {"variant": "glob", "outer": NESTEROV | {"overlap": 1}},
+        "parallel": {"zero_stage": 1},
+    },
     "spec": {"dept": {"variant": "spec"}, "parallel": {"zero_stage": 2}},
     "spec_opt": {"dept": {"variant": "spec_opt"}, "parallel": {"zero_stage": 1}},
     "std": {"dept": {"variant": "std"}, "parallel": {"zero_stage": 1}},
@@ -45,8 +50,7 @@ def config_of(corpus: Corpus, run_dir: Path, precision: str, **sections: Any) ->
 
 
 def test_a_gpus_checkpoint_goes_on_on_the_cpu(corpus: Corpus, tmp_path: Path) -> None:
-    outer = {"optimizer": "nesterov", "learning_rate": 0.7, "momentum": 0.9}
-    config = config_of(corpus, tmp_path / "run", "fp32", dept={"variant": "trim", "outer": outer})
+    config = config_of(corpus, tmp_path / "run", "fp32", dept={"variant": "trim", "outer": NESTEROV})
     assert run_apart(gpu_or_skip(), whole_run, config)
     ended = final_state(config.run_dir)
     saves = sorted((config.run_dir / "checkpoints").iterdir())
@@ -86,12 +90,13 @@ def test_bf16_runs_follow_the_cpus_in_fp32(runs: dict[str, dict[str, dict[Any, f
         assert gpu[step] == pytest.approx(loss, rel=2e-2), step
 
 
-def test_two_gpus_train_what_one_does(corpus: Corpus, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("wire", "allowed"), [("fp32", 1e-4), ("bf16", 1e-2), ("int8", 2e-2)])
+def test_two_gpus_train_what_one_does(corpus: Corpus, tmp_path: Path, wire: str, allowed: float) -> None:
     if not REHEARSAL and (gpu_or_skip(), torch.cuda.device_count())[1] < 2:
         pytest.skip("one GPU here: NCCL between two is not tried")
     if REHEARSAL:
         pytest.skip("two ranks on the CPU are what tests/training has already")
-    config = config_of(corpus, tmp_path / "one", "fp32", dept={"variant": "trim"})
+    config = config_of(corpus, tmp_path / "one", "fp32", dept={"variant": "trim", "outer": NESTEROV | {"wire": wire}})
     assert run_apart("cuda", whole_run, config)
     values = yaml.safe_load(dump_config(config))
     values |= {"run_dir": str(tmp_path / "two"), "parallel": {"silos": 2}}
@@ -100,5 +105,6 @@ def test_two_gpus_train_what_one_does(corpus: Corpus, tmp_path: Path) -> None:
     command += ["--master-port", str(free_port()), "pretrain_dept.py", str(tmp_path / "two.yaml")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    # The same sums over the wire; GPU sums themselves may change their order from run to run.
-    assert largest_difference(final_state(tmp_path / "two"), final_state(config.run_dir)) < 1e-4
+    # One process sends nothing. fp32: the same sums, whose order on a GPU may change from run to run; the packed wires
+    # round deltas, which are a tenth of the values at most, to 8 and 7 bits.
+    assert largest_difference(final_state(tmp_path / "two"), final_state(config.run_dir)) < allowed
