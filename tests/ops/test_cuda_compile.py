@@ -50,6 +50,12 @@ def test_registers_are_those_of_the_snapshot(report, snapshot):
     assert not changed, "\n".join([*changed, UPDATE])
 
 
+@needs_nvcc
+def test_no_product_is_fused_with_a_sum(report):
+    """Each is rounded by itself, or results would differ from the CPU's. (A division's own steps are not in PTX.)"""
+    assert not [kernel for kernel, used in report.items() if any(each["fused"] for each in used.values())]
+
+
 def test_kernels_on_packs_move_whole_vectors(snapshot):
     """16 bytes a load and store of a thread, 32 where sm_100 reads eight fp32; less only of what is stored smaller."""
     smaller = {

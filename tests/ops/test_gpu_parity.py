@@ -100,6 +100,16 @@ def test_the_current_stream_is_used():
     assert total.item() == 1000 * 768
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_device_is_that_of_the_tensors():
+    """Whatever device is current, and it stays so."""
+    table, ids = torch.randn(100, 768, device="cuda:1"), torch.arange(0, 100, 3, device="cuda:1")
+    with torch.cuda.device(0):
+        found = rows.trim_gather(table, ids, dtype=torch.bfloat16)
+        assert torch.cuda.current_device() == 0
+    assert torch.equal(found, table[ids].bfloat16())
+
+
 def free_memory() -> int:
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
 

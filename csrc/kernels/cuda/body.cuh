@@ -182,25 +182,23 @@ __device__ __forceinline__ void write_wire(Tile values, uint8_t* row, int64_t n,
 }
 
 // The mean of block `tile` over the silos' rows, summed in fp32 in silo order. The reads of several silos are in flight
-// together: 32 to 64 bytes a lane.
+// together.
 template <Wire kWire, bool kPacked>
 __device__ __forceinline__ Tile mean_of(const uint8_t* received, int64_t silos, int64_t row_bytes, float sources,
                                         int64_t n, int64_t tile, int lane, int left) {
-  constexpr int kAhead = !kPacked ? 1 : kWire == kFp32 ? 2 : 4;
+  constexpr int kAhead = !kPacked ? 1 : kWire == kFp32 ? 2 : 3;
   Tile sum = decoded(read_wire<kWire, kPacked>(received, n, tile, lane, left));
-  int64_t silo = 1;
 #pragma unroll 1
-  for (; silo + kAhead <= silos; silo += kAhead) {
-    Raw<kWire> raw[kAhead];
+  for (int64_t silo = 1; silo < silos; silo += kAhead) {
+    Raw<kWire> raw[kAhead] = {};
 #pragma unroll
     for (int a = 0; a < kAhead; ++a)
-      raw[a] = read_wire<kWire, kPacked>(received + (silo + a) * row_bytes, n, tile, lane, left);
+      if (silo + a < silos)
+        raw[a] = read_wire<kWire, kPacked>(received + (silo + a) * row_bytes, n, tile, lane, left);
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a) add(sum, decoded(raw[a]));
+    for (int a = 0; a < kAhead; ++a)
+      if (silo + a < silos) add(sum, decoded(raw[a]));
   }
-#pragma unroll 1
-  for (; silo < silos; ++silo)
-    add(sum, decoded(read_wire<kWire, kPacked>(received + silo * row_bytes, n, tile, lane, left)));
 #pragma unroll
   for (int j = 0; j < kEach; ++j) sum.x[j] = __fdiv_rn(sum.x[j], sources);
   return sum;
@@ -242,7 +240,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 }
 
 template <Wire kWire, bool kPacked>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, 4)
     body_mean(const uint8_t* __restrict__ received, int64_t silos, int64_t row_bytes, float sources,
               float* __restrict__ out, Tiles tiles) {
   for_each_tile<kPacked>(tiles, [=](int64_t tile, int lane, int left) {
@@ -262,8 +260,9 @@ __global__ void __launch_bounds__(kThreads, 3)
     const Tile old = load_tile<kPacked>(value + at, lane, left);
     Tile speed = {}, rest = {}, result;
     if (momentum) speed = load_tile<kPacked>(momentum + at, lane, left);
-    if (kWire == kInt8 && residual) rest = load_tile<kPacked>(residual + at, lane, left);
     const Tile mean = mean_of<kWire, kPacked>(received, silos, row_bytes, sources, tiles.n, tile, lane, left);
+    // Not with the others: sm_80 would run out of registers while the silos are summed.
+    if (kWire == kInt8 && residual) rest = load_tile<kPacked>(residual + at, lane, left);
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
       result.x[j] = momentum ? outer_step(old.x[j], mean.x[j], learning_rate, mu, speed.x[j])

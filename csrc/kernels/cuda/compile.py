@@ -28,7 +28,7 @@ SNAPSHOT = HERE / "registers.json"
 
 Report = dict[str, dict[str, dict[str, int]]]
 """Kernel -> architecture ("sm_90") -> what it uses: `registers` of a thread, bytes of `stack`, `spilled` and `shared`
-memory, and its widest `load` and `store` in bytes."""
+memory, its widest `load` and `store` in bytes, and how many `fused` multiply-adds of floats it has."""
 
 
 def wanted(torch_cuda: str | None) -> bool:
@@ -85,8 +85,8 @@ def report(build: Path) -> Report:
             found.setdefault(kernel, {}).update(by_architecture)
         for ptx in made.glob(f"{path.stem}.compute_*.ptx"):
             architecture = ptx.name.split("_")[-1].removesuffix(".ptx")
-            for kernel, widths in _accesses(ptx.read_text()).items():
-                found[kernel][f"sm_{architecture}"].update(widths)
+            for kernel, counted in _instructions(ptx.read_text()).items():
+                found[kernel][f"sm_{architecture}"].update(counted)
     return {
         _readable(kernel): {each: by_architecture[each] for each in sorted(by_architecture, key=lambda sm: int(sm[3:]))}
         for kernel, by_architecture in sorted(found.items(), key=lambda item: _readable(item[0]))
@@ -128,6 +128,9 @@ def compiled(compiler: str, files: list[Path], build: Path) -> Path:
         if not folder.exists():
             shutil.copytree(scratch, f"{scratch}.whole")
             Path(f"{scratch}.whole").rename(folder)
+    for stale in build.resolve().glob("cuda-*"):
+        if stale != folder:
+            shutil.rmtree(stale, ignore_errors=True)
     return folder
 
 
@@ -160,19 +163,22 @@ def _resources(log: str) -> Report:
     return found
 
 
-def _accesses(ptx: str) -> dict[str, dict[str, int]]:
-    """Bytes of the widest load and store of each kernel, by mangled name."""
+def _instructions(ptx: str) -> dict[str, dict[str, int]]:
+    """Of each kernel, by mangled name: bytes of its widest load and store, and its fused multiply-adds."""
     found = {}
     for kernel, text in re.findall(r"\.entry (\w+)\((.*?)^}", ptx, re.DOTALL | re.MULTILINE):
         found[kernel] = {
-            name: max(
-                (int(lanes or 1) * int(bits) // 8
-                 for lanes, bits in re.findall(rf"\b{verb}\.global(?:\.nc|\.cs)?(?:\.v(\d))?\.[a-z](\d+)", text)),
-                default=0,
-            )
-            for name, verb in (("load", "ld"), ("store", "st"))
-        }  # fmt: skip
+            "load": _widest("ld", text),
+            "store": _widest("st", text),
+            "fused": len(re.findall(r"\bfma\.", text)),
+        }
     return found
+
+
+def _widest(verb: str, ptx: str) -> int:
+    """Bytes that the widest of these accesses to global memory moves."""
+    accesses = re.findall(rf"\b{verb}\.global(?:\.nc|\.cs)?(?:\.v(\d))?\.[a-z](\d+)", ptx)
+    return max((int(lanes or 1) * int(bits) // 8 for lanes, bits in accesses), default=0)
 
 
 def _readable(mangled: str) -> str:

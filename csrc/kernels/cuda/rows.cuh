@@ -74,24 +74,22 @@ __device__ __forceinline__ Pack<float, W> sum_in_order(const In* __restrict__ in
                                                        const int64_t* __restrict__ order, int64_t begin, int64_t end,
                                                        int64_t first, int64_t stride) {
   Pack<float, W> sum = {};
-  int64_t j = begin;
-  for (; j + kAhead <= end; j += kAhead) {
-    Pack<float, W> values[kAhead];
-#pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
-      const int64_t row = order ? order[j + a] : first + (j + a) * stride;
-      values[a] = load<W>(in + row * hidden + column);
-    }
+#pragma unroll 1
+  for (int64_t j = begin; j < end; j += kAhead) {
+    int64_t rows[kAhead];  // past the end the last one again: with no branch these reads go out together
 #pragma unroll
     for (int a = 0; a < kAhead; ++a)
+      rows[a] = order ? order[j + a < end ? j + a : end - 1] : first + (j + a) * stride;
+    Pack<float, W> values[kAhead] = {};
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a)
+      if (j + a < end) values[a] = load<W>(in + rows[a] * hidden + column);
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      if (j + a >= end) continue;
 #pragma unroll
       for (int e = 0; e < W; ++e) sum.v[e] = __fadd_rn(sum.v[e], values[a].v[e]);
-  }
-  for (; j < end; ++j) {
-    const int64_t row = order ? order[j] : first + j * stride;
-    const Pack<float, W> value = load<W>(in + row * hidden + column);
-#pragma unroll
-    for (int e = 0; e < W; ++e) sum.v[e] = __fadd_rn(sum.v[e], value.v[e]);
+    }
   }
   return sum;
 }
@@ -104,9 +102,21 @@ __global__ void __launch_bounds__(kThreads, 4)
                  const int64_t* __restrict__ order, const Delta* __restrict__ deltas,
                  const int32_t* __restrict__ counts, float learning_rate, float mu, int lanes) {
   const Groups groups = groups_of(lanes);
+  // What says where a row's numbers are is read one row ahead: else the numbers themselves would wait for it.
+  int64_t next_begin = 0, next_end = 0, next_row = 0;
+  if (groups.group < count) {
+    next_begin = starts[groups.group];
+    next_end = starts[groups.group + 1];
+    next_row = rows[groups.group];
+  }
   for (int64_t u = groups.group; u < count; u += groups.count) {
-    const int64_t begin = starts[u], end = starts[u + 1], row = rows[u];
+    const int64_t begin = next_begin, end = next_end, row = next_row;
     const float holders = static_cast<float>(counts[u]);
+    if (u + groups.count < count) {
+      next_begin = starts[u + groups.count];
+      next_end = starts[u + groups.count + 1];
+      next_row = rows[u + groups.count];
+    }
     for (int64_t column = static_cast<int64_t>(groups.lane) * W; column < hidden; column += lanes * W) {
       float* at = table + row * hidden + column;
       float* momentum_at = momentum ? momentum + row * hidden + column : nullptr;
