@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from megatron_dept.common.sizes import FP32_BYTES
 from megatron_dept.dept.averaging import RowMean
-from megatron_dept.dept.outer import OuterRule, outer_step_rows
+from megatron_dept.dept.outer import OuterRule
+from megatron_dept.dept.row_storage import RowStorage
 from megatron_dept.federation.communicator import Alone, Communicator
 from megatron_dept.federation.exchange import Handed, accept_state
 from megatron_dept.federation.ledger import Kind
 from megatron_dept.federation.row_spread import RowSpread, overlap
-from megatron_dept.federation.row_table import RowTable
+from megatron_dept.federation.row_table import IN_MEMORY, RowTable
 
 
 class ReplicatedRowTable(RowTable):
@@ -40,10 +40,14 @@ class ReplicatedRowTable(RowTable):
         tensor: int,
         rule: OuterRule,
         initial_rows: Callable[[int, int], Tensor],
+        storage: RowStorage = IN_MEMORY,
+        wire: torch.dtype = torch.float32,
     ) -> None:
-        """`silo_of_others[r]`: the silo of rank r of `others`; `silo`: this one."""
+        """`silo_of_others[r]`: the silo of rank r of `others`; `silo`: this one. On a bf16 `wire` sums are rounded too,
+        each silo's own as well, so that all come to the same."""
         spread = RowSpread.of_peers(total_rows, 1, embedding.size)
-        super().__init__(kind, hidden, spread, Alone(), embedding, tensor, rule, initial_rows)
+        super().__init__(kind, hidden, spread, Alone(), embedding, tensor, rule, initial_rows, storage, wire)
+        self._storage = storage
         self._own_silo = silo
         self._join(others, silo_of_others)
 
@@ -98,40 +102,46 @@ class ReplicatedRowTable(RowTable):
     @torch.no_grad()
     def prepare(self) -> RowMean:
         """All silos' sums of the rows owned here, in silo order. Collective; changes nothing."""
-        ids = torch.nonzero(self.pending.counts).squeeze(1)
+        ids, own_sums, own_counts = self.pending.touched()
+        own_sums = own_sums.to(self._wire)
         given = [self._meant_for(rank, ids) for rank in range(self._others.size)]
-        counts, ones = [len(rows) for rows in given], [1] * self._others.size
+        counts, ones = [part.stop - part.start for part in given], [1] * self._others.size
         coming = self._others.all_to_all(torch.tensor(counts), ones, ones, "control").tolist()
-        send = torch.cat(given)
-        theirs = self._others.all_to_all((send + self.first).to(torch.int32), counts, coming, "control").long()
-        sources = self._others.all_to_all(self.pending.counts[send], counts, coming, "control")
-        sums = self._others.all_to_all(self.pending.sums[send], counts, coming, self._kind)
-        total = RowMean(len(self.rows), self.hidden)
+        theirs = self._others.all_to_all(
+            _parts(ids + self.first, given).to(torch.int32), counts, coming, "control"
+        ).long()
+        sources = self._others.all_to_all(_parts(own_counts, given), counts, coming, "control")
+        sums = self._others.all_to_all(_parts(own_sums, given), counts, coming, self._kind)
+        total = RowMean(len(self.rows), self.hidden, self._storage)
         at = 0
         for rank, count in enumerate(coming):
             if rank == self._others.rank:
-                total.merge(ids, self.pending.sums[ids], self.pending.counts[ids])
+                total.merge(ids, own_sums, own_counts)
             part = slice(at, at + count)
             total.merge(theirs[part] - self.first, sums[part], sources[part])
             at += count
         return total
 
-    def _meant_for(self, rank: int, ids: Tensor) -> Tensor:
-        """Which of the touched rows `ids` a rank of another silo owns too; nothing for ranks of this silo."""
+    def _meant_for(self, rank: int, ids: Tensor) -> slice:
+        """Where in the touched rows `ids` those are that a rank of another silo owns too; nothing for this silo's."""
         if self._silo_of[rank] == self._own_silo:
-            return ids[:0]
+            return slice(0, 0)
         common = overlap(range(self.first, self.first + len(self.rows)), self._ranges[rank])
-        return ids[(ids >= common.start - self.first) & (ids < common.stop - self.first)]
+        edges = torch.tensor([common.start - self.first, common.stop - self.first])
+        return slice(*torch.searchsorted(ids, edges).tolist())
 
     def round_bytes(self) -> int:
         """Bytes of rows that this rank sends in `prepare`, as things stand: ids and counts (control) not included."""
         ids = torch.nonzero(self.pending.counts).squeeze(1)
-        rows = sum(len(self._meant_for(rank, ids)) for rank in range(self._others.size))
-        return rows * self.hidden * FP32_BYTES
+        given = [self._meant_for(rank, ids) for rank in range(self._others.size)]
+        return sum(part.stop - part.start for part in given) * self.hidden * self._wire.itemsize
 
     @torch.no_grad()
     def commit(self, total: RowMean) -> None:
         """End the round with what `prepare` returned; sends nothing."""
-        mean, held = total.mean()
-        outer_step_rows(self._rule, self.rows, mean, self.momentum, held)
+        total.step(self._rule, self._rows, self._momentum)
         self.pending.reset()
+
+
+def _parts(tensor: Tensor, places: Sequence[slice]) -> Tensor:
+    return torch.cat([tensor[place] for place in places])

@@ -1,8 +1,10 @@
 """The row table: a global [V, h] table whose rows are spread over the ranks of the federation.
 
-Two verbs: `gather(ids, need)` brings the rows asked for, `accumulate(ids, deltas, need)` sends row deltas to their
-owners, which `apply` averages per row over the sources that hold it. Only the rows asked for cross between silos, each
-once: a silo's embedding ranks share the fetching (`row_spread`) and hand one another what each needs.
+Two verbs: `gather(ids, need)` brings the rows asked for; scatter-mean returns row deltas, in two halves, for a round
+has several slots: `accumulate(ids, deltas, need)` sends a slot's to their owners, and at the round's end `apply`
+averages them per row over the sources that hold it and steps. So whatever is gathered within a round is as it stood at
+its start. Only the rows asked for cross between silos, each once: a silo's embedding ranks share the fetching
+(`row_spread`) and hand one another what each needs. Bytes are rows asked x h x the wire's width.
 Shapes: `k` ids of the silo's source, ascending; [a, b) the positions among them that this rank holds (its shard of the
 source's vocabulary); `h` hidden; `n` rows owned here; `E` embedding ranks of the silo, `T` tensor ranks of it.
 """
@@ -13,16 +15,20 @@ import torch
 from torch import Tensor
 
 from megatron_dept.dept.averaging import RowMean
-from megatron_dept.dept.outer import OuterRule, needs_momentum, outer_step_rows
+from megatron_dept.dept.outer import OuterRule, needs_momentum
+from megatron_dept.dept.row_storage import RowStorage, block_rows
 from megatron_dept.federation.communicator import Communicator
 from megatron_dept.federation.ledger import Kind
 from megatron_dept.federation.row_spread import RowSpread, overlap
+from megatron_dept.ops.rows import trim_gather
+
+IN_MEMORY = RowStorage()
 
 
 class RowTable:
     """One shared table (tokens or positions) of a federation.
 
-    `rows`: fp32 [n, h] owned here, ids `first` to `first + n`. `momentum`: fp32 [n, h] or None.
+    `rows`: fp32 [n, h] owned here, ids `first` to `first + n`. `momentum`: fp32 [n, h] or None. `pending`: the round's.
     """
 
     def __init__(
@@ -35,11 +41,14 @@ class RowTable:
         tensor: int,
         rule: OuterRule,
         initial_rows: Callable[[int, int], Tensor],
+        storage: RowStorage = IN_MEMORY,
+        wire: torch.dtype = torch.float32,
     ) -> None:
-        """`initial_rows(start, stop)` makes the rows of that id range.
+        """`initial_rows(start, stop)` makes the rows of that id range; it is asked for blocks of this rank's.
 
         `wide`: the communicator that `spread` means. `embedding`: this silo's embedding ranks, data outer, tensor
-        inner; `tensor`: how many tensor ranks.
+        inner; `tensor`: how many tensor ranks. `wire`: fp32, or bf16, to which rows and deltas are then rounded
+        wherever they go, to this rank itself too: results do not depend on who owns what.
         """
         self._kind = kind
         self._spread = spread
@@ -54,9 +63,18 @@ class RowTable:
         self.hidden = hidden
         own = spread.owned(self._silo, embedding.rank)
         self.first = own.start
-        self.rows = initial_rows(own.start, own.stop)
-        self.momentum = torch.zeros_like(self.rows) if needs_momentum(rule) else None
-        self.pending = RowMean(len(own), hidden)
+        self._wire = wire
+        self._rows = storage.make(len(own), hidden, lambda a, b: initial_rows(own.start + a, own.start + b))
+        self._momentum = storage.make(len(own), hidden) if needs_momentum(rule) else None
+        self.pending = RowMean(len(own), hidden, storage)
+
+    @property
+    def rows(self) -> Tensor:
+        return self._rows.tensor
+
+    @property
+    def momentum(self) -> Tensor | None:
+        return None if self._momentum is None else self._momentum.tensor
 
     @torch.no_grad()
     def gather(self, ids: Tensor, need: range | slice, kind: Kind | None = None) -> Tensor:
@@ -68,21 +86,24 @@ class RowTable:
         parts = self._spread.fetch_parts(self._silo, ids.numpy())
         mine = self._part(parts, self._embedding.rank)
         asked, asked_counts, own_counts = self._ask(ids[mine.start : mine.stop])
-        brought = self._wide.all_to_all(self.rows[asked - self.first], asked_counts, own_counts, kind)
+        brought = self._wide.all_to_all(self._read(asked, asked_counts), asked_counts, own_counts, kind)
         if self._embedding.size == 1:
-            return brought[need.start : need.stop]
+            return brought[need.start : need.stop].float()
         given = [overlap(mine, other) for other in self._needs(need)]
         coming = [len(overlap(self._part(parts, rank), need)) for rank in range(self._embedding.size)]
         send = torch.cat([brought[piece.start - mine.start : piece.stop - mine.start] for piece in given])
-        return self._embedding.all_to_all(send, [len(piece) for piece in given], coming, kind)
+        return self._embedding.all_to_all(send, [len(piece) for piece in given], coming, kind).float()
 
     @torch.no_grad()
     def accumulate(self, ids: Tensor, deltas: Tensor, need: range | slice) -> None:
-        """Send this silo's row deltas to the rows' owners.
+        """Scatter: send this silo's row deltas to the rows' owners.
 
-        `deltas`: start - end of a local phase, fp32 [b - a, h], of the rows `ids[need]`, equal on all data ranks.
-        Collective; an idle silo, or one whose source is left out of the round, sends none.
+        `deltas`: start - end of a local phase, fp32 [b - a, h], of the rows `ids[need]`, equal on all data ranks; they
+        are the table's from then on. Collective; an idle silo, or one whose source is left out of the round, sends
+        none.
         """
+        self.pending.make_room()
+        deltas = deltas.to(self._wire)
         parts = self._spread.fetch_parts(self._silo, ids.numpy())
         mine = self._part(parts, self._embedding.rank)
         if self._embedding.size > 1:
@@ -91,18 +112,28 @@ class RowTable:
             assert len(deltas) == len(ids), f"{len(deltas)} rows held of {len(ids)}"
         asked, asked_counts, own_counts = self._ask(ids[mine.start : mine.stop])
         received = self._wide.all_to_all(deltas.contiguous(), own_counts, asked_counts, self._kind)
-        offset = 0
-        for count in asked_counts:
-            if count:
-                self.pending.add(asked[offset : offset + count] - self.first, received[offset : offset + count])
-            offset += count
+        self.pending.add_all((asked - self.first).split(asked_counts), received)
 
     @torch.no_grad()
     def apply(self) -> None:
-        """End the round: outer step on the per-row means; rows nobody held keep value and momentum bit for bit."""
-        mean, held = self.pending.mean()
-        outer_step_rows(self._rule, self.rows, mean, self.momentum, held)
+        """Mean: end the round with the outer step on the per-row means of what was accumulated.
+
+        Rows nobody held keep value and momentum bit for bit.
+        """
+        self.pending.step(self._rule, self._rows, self._momentum)
         self.pending.reset()
+
+    def _read(self, asked: Tensor, counts: list[int]) -> Tensor:
+        """Rows `asked` of those owned here, by ascending id for each who asks, in the wire's precision."""
+        read = torch.empty(len(asked), self.hidden, dtype=self._wire)
+        offset = 0
+        for count in counts:
+            for at in range(offset, offset + count, block_rows(self.hidden)):
+                part = slice(at, min(at + block_rows(self.hidden), offset + count))
+                trim_gather(self.rows, asked[part], self.first, self._wire, out=read[part])
+                self._rows.let_go(int(asked[part.start]) - self.first, int(asked[part.stop - 1]) - self.first + 1)
+            offset += count
+        return read
 
     def _collect(self, parts: list[int], deltas: Tensor, need: range | slice, count: int) -> Tensor:
         """The deltas of what this rank fetches, from the tensor ranks of its own data rank: each row moves once."""

@@ -43,10 +43,10 @@ def _rows(launch: Launch, silos: tuple[int, ...], among_peers: bool) -> dict[str
     joined = table.among(others, row_silos, silo)
     groups.ledger.take()
     predicted = joined.round_bytes()
-    before = [tensor.clone() for tensor in (table.rows, table.pending.sums, table.pending.counts)]
+    before = [tensor.clone() for tensor in _state(table)]
     joined.prepare()
     sent = sum(count for key, count in groups.ledger.take().items() if key.endswith("/embedding"))
-    unchanged = all(map(torch.equal, before, (table.rows, table.pending.sums, table.pending.counts)))
+    unchanged = all(map(torch.equal, before, _state(table)))
     table.commit(joined.prepare())
     rows, momentum = table.rows.clone(), table.momentum
     assert momentum is not None
@@ -60,6 +60,10 @@ def _rows(launch: Launch, silos: tuple[int, ...], among_peers: bool) -> dict[str
     table.accept(handed)
     given = torch.equal(table.rows, rows) and torch.equal(table.momentum, momentum)
     return {"first": table.first, "rows": rows.numpy(), "bytes": (sent, predicted), "fine": (unchanged, given)}
+
+
+def _state(table: ReplicatedRowTable) -> tuple[torch.Tensor, ...]:
+    return table.rows, table.pending.sums(0, len(table.rows)), table.pending.counts
 
 
 def _turn(silo: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -165,8 +165,8 @@ def _run_case(layout: Layout, groups: Groups, number: int, case: Case) -> Report
     wide = groups.peers if layout.among_peers else groups.wide
     spread = layout.spread(case.total_rows)
     rows = RowTable("embedding", HIDDEN, spread, wide, groups.silo, shape[1], case.rule, initial_rows)
-    assert len(made) == 1, "initial rows are made once"
-    report = Report([], [], [], rows.first, [], [], made[0])
+    assert len(made) == bool(len(rows.rows)), "initial rows are made once"
+    report = Report([], [], [], rows.first, [], [], made[0] if made else (rows.first, rows.first))
     groups.ledger.take()
     for round, slots in enumerate(case.rounds):
         for index, slot in enumerate(slots):
@@ -181,7 +181,7 @@ def _run_case(layout: Layout, groups: Groups, number: int, case: Case) -> Report
             rows.accumulate(given, moved[need.start : need.stop], need)
             report.scatter_bytes.append(groups.ledger.take())
         rows.apply()
-        assert not rows.pending.sums.any() and not rows.pending.counts.any(), "a round must not reach the next"
+        assert not rows.pending.sums(0, len(rows.rows)).any() and not rows.pending.counts.any(), "a round must not reach the next"
         report.rows.append(rows.rows.numpy().copy())
         report.momentum.append(None if rows.momentum is None else rows.momentum.numpy().copy())
     return report

@@ -321,5 +321,5 @@ def _state(elastic: Any, when: str) -> dict[str, Any]:
     values = {"value": exchange.value, "delta": exchange.delta, "momentum": exchange.momentum}
     for part, table in elastic._tables.items():
         values |= {f"{part}.rows": table.rows, f"{part}.momentum": table.momentum}
-        values |= {f"{part}.sums": table.pending.sums, f"{part}.counts": table.pending.counts}
+        values |= {f"{part}.sums": table.pending.sums(0, len(table.rows)), f"{part}.counts": table.pending.counts}
     return {f"{when}.{name}": value.numpy().copy() for name, value in values.items() if value is not None}
