@@ -7,17 +7,17 @@ asks for a path and a range and never learns which rank wrote it, on which layou
 Each entry has its CRC-32 in the file's metadata, over key, type, shape and bytes, and whoever reads it verifies that.
 """
 
-import stat
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_dept.checkpoint.slice_file import Deferred, Entry, write_slice_file
 from megatron_dept.common.errors import CheckpointError
 from megatron_dept.common.files import flush_to_disk
 from megatron_dept.common.segments import Segment
@@ -37,26 +37,31 @@ def whole(path: str, tensor: Tensor, start: int = 0) -> dict[str, Tensor]:
     return {f"{path}@{start}": tensor.detach().cpu().contiguous()}
 
 
+def in_blocks(
+    path: str, start: int, blocks: Iterable[tuple[int, int]], hidden: int, rows: Callable[[int, int], Tensor]
+) -> dict[str, Entry]:
+    """The rows of a table from `start` on, fp32 [n, hidden], as an entry a block, each made when it is written.
+
+    `blocks`: (first, last) within the table; `rows(first, last)` gives them.
+    """
+    return {
+        f"{path}@{start + first}": Deferred((last - first, hidden), torch.float32, partial(rows, first, last))
+        for first, last in blocks
+    }
+
+
 def checksum(key: str, tensor: Tensor) -> str:
     """CRC-32 of an entry as it stands in a file: of its key, type, shape and bytes."""
     named = zlib.crc32(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
     return f"{zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data, named):08x}"
 
 
-def save_slices(path: Path, tensors: Mapping[str, Tensor], copied: bool = False) -> None:
-    """Write one file; `CheckpointError` names it where the disk refuses. `copied`: no two share memory."""
+def save_slices(path: Path, tensors: Mapping[str, Entry]) -> None:
+    """Write one file, entry after entry; `CheckpointError` names it where the disk refuses."""
     try:
-        if not copied:
-            # safetensors refuses tensors that share memory, and pieces of one partition do.
-            tensors = {key: value.clone() for key, value in tensors.items()}
-        # safetensors makes files for their owner alone; a checkpoint is as open as any file its user makes.
-        path.touch()
-        mode = path.stat().st_mode
-        sums = {key: checksum(key, value) for key, value in tensors.items()}
-        save_file(dict(tensors), path, sums or None)
-        path.chmod(stat.S_IMODE(mode))
+        write_slice_file(path, tensors, checksum)
         flush_to_disk(path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         path.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {path} ({error}); free space or choose another run_dir") from error
 

@@ -178,7 +178,7 @@ class SourceStore:
             remains.unlink()  # of a run that was killed while it wrote
         target = folder / f"{part}.{version:08d}.safetensors"
         temporary = target.with_suffix(".tmp")
-        save_slices(temporary, tensors, copied=True)
+        save_slices(temporary, tensors)
         os.replace(temporary, target)
         flush_to_disk(folder)
         for old in folder.glob(f"{part}.*.safetensors"):

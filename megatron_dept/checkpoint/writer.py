@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from megatron_dept.checkpoint.reader import FORMAT_VERSION, MANIFEST, committed
+from megatron_dept.checkpoint.slice_file import Entry
 from megatron_dept.checkpoint.slices import save_slices
 from megatron_dept.checkpoint.store import SOURCE_MARK
 from megatron_dept.common.errors import CheckpointError, UserError
@@ -32,7 +31,7 @@ def save_checkpoint(
     rank: int,
     together: range,
     gather_all: GatherAll,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Entry],
     links: Iterable[Path],
     manifest: Mapping[str, Any],
     keep_last: int,

@@ -106,13 +106,9 @@ class RowMean:
     @torch.no_grad()
     def sums(self, start: int, stop: int) -> Tensor:
         """Summed deltas of the rows [start, stop), fp32, zero where no source holds the row."""
-        if self._dense is not None and not self._pieces:
-            sums = self._dense.tensor[start:stop].clone()
-            self._dense.let_go(start, stop)
-            return sums
-        sums = torch.zeros(stop - start, self._hidden)
         if self._dense is not None:
-            sums += self._dense.tensor[start:stop]
+            return self._dense.read(start, stop)
+        sums = torch.zeros(stop - start, self._hidden)
         self._add_to(sums, start, stop)
         return sums
 
@@ -134,8 +130,7 @@ class RowMean:
         assert not self._pieces, "sums are put back before anything is added"
         if self._dense is None:
             self._dense = self._storage.make(len(self.counts), self._hidden)
-        self._dense.tensor[start : start + len(sums)] = sums
-        self._dense.let_go(start, start + len(sums))
+        self._dense.write(start, sums)
         self.counts[start : start + len(sums)] = counts
 
     def reset(self) -> None:

@@ -50,8 +50,7 @@ class RowStorage:
                 _pin(stored)
         if initial is not None:
             for start, stop in stored.blocks():
-                stored.tensor[start:stop] = initial(start, stop)
-                stored.let_go(start, stop)
+                stored.write(start, initial(start, stop))
         return stored
 
     def pending_rows(self, rows: int, hidden: int) -> int:
@@ -71,6 +70,18 @@ class StoredRows:
         rows, at_once = len(self.tensor), block_rows(self.tensor.shape[1])
         for start in range(0, rows, at_once):
             yield start, min(start + at_once, rows)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """A copy of rows start..stop-1, which need not be resident any longer."""
+        rows = self.tensor[start:stop].clone()
+        self.let_go(start, stop)
+        return rows
+
+    def write(self, start: int, rows: Tensor) -> None:
+        """Put `rows` in place from row `start` on; they need not be resident any longer."""
+        stop = start + len(rows)
+        self.tensor[start:stop] = rows
+        self.let_go(start, stop)
 
     def let_go(self, start: int, stop: int) -> None:
         """Rows start..stop-1 need not be resident any longer; in host memory nothing changes."""
@@ -120,7 +131,7 @@ def _pin(stored: StoredRows) -> None:
     if refusal:
         warnings.warn(
             f"the machine would not pin {size / 1e9:,.3f} GB of a shared table (CUDA error {refusal}); it stays in "
-            "pageable memory, and copies of its rows to the GPU are slower; raise the limit of locked memory (ulimit -l)",
+            "pageable memory, from which copies to the GPU are slower; raise the limit of locked memory (ulimit -l)",
             RuntimeWarning,
             stacklevel=3,
         )

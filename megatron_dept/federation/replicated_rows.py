@@ -139,7 +139,7 @@ class ReplicatedRowTable(RowTable):
     @torch.no_grad()
     def commit(self, total: RowMean) -> None:
         """End the round with what `prepare` returned; sends nothing."""
-        total.step(self._rule, self._rows, self._momentum)
+        total.step(self._rule, self.stored, self.stored_momentum)
         self.pending.reset()
 
 

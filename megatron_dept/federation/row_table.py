@@ -28,7 +28,8 @@ IN_MEMORY = RowStorage()
 class RowTable:
     """One shared table (tokens or positions) of a federation.
 
-    `rows`: fp32 [n, h] owned here, ids `first` to `first + n`. `momentum`: fp32 [n, h] or None. `pending`: the round's.
+    `rows`: fp32 [n, h] owned here, ids `first` to `first + n`, kept in `stored`. `momentum`: fp32 [n, h] or None.
+    `pending`: the deltas of the round.
     """
 
     def __init__(
@@ -64,17 +65,17 @@ class RowTable:
         own = spread.owned(self._silo, embedding.rank)
         self.first = own.start
         self._wire = wire
-        self._rows = storage.make(len(own), hidden, lambda a, b: initial_rows(own.start + a, own.start + b))
-        self._momentum = storage.make(len(own), hidden) if needs_momentum(rule) else None
+        self.stored = storage.make(len(own), hidden, lambda a, b: initial_rows(own.start + a, own.start + b))
+        self.stored_momentum = storage.make(len(own), hidden) if needs_momentum(rule) else None
         self.pending = RowMean(len(own), hidden, storage)
 
     @property
     def rows(self) -> Tensor:
-        return self._rows.tensor
+        return self.stored.tensor
 
     @property
     def momentum(self) -> Tensor | None:
-        return None if self._momentum is None else self._momentum.tensor
+        return None if self.stored_momentum is None else self.stored_momentum.tensor
 
     @torch.no_grad()
     def gather(self, ids: Tensor, need: range | slice, kind: Kind | None = None) -> Tensor:
@@ -120,7 +121,7 @@ class RowTable:
 
         Rows nobody held keep value and momentum bit for bit.
         """
-        self.pending.step(self._rule, self._rows, self._momentum)
+        self.pending.step(self._rule, self.stored, self.stored_momentum)
         self.pending.reset()
 
     def _read(self, asked: Tensor, counts: list[int]) -> Tensor:
@@ -131,7 +132,7 @@ class RowTable:
             for at in range(offset, offset + count, block_rows(self.hidden)):
                 part = slice(at, min(at + block_rows(self.hidden), offset + count))
                 trim_gather(self.rows, asked[part], self.first, self._wire, out=read[part])
-                self._rows.let_go(int(asked[part.start]) - self.first, int(asked[part.stop - 1]) - self.first + 1)
+                self.stored.let_go(int(asked[part.start]) - self.first, int(asked[part.stop - 1]) - self.first + 1)
             offset += count
         return read
 

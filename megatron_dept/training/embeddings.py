@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_dept.checkpoint.slice_file import Entry
 from megatron_dept.checkpoint.slices import SliceIndex, whole
 from megatron_dept.checkpoint.store import Read, SourceStore
 from megatron_dept.config.schema import RunConfig
 from megatron_dept.data.remap import VocabularyMap
 from megatron_dept.dept.outer import OuterRule
+from megatron_dept.dept.row_storage import RowStorage
 from megatron_dept.dept.variants import VARIANTS
 from megatron_dept.engine.embedding_owner import EmbeddingOwner
 from megatron_dept.engine.world import World
@@ -28,6 +30,7 @@ from megatron_dept.models.embedding import SourceEmbedding
 from megatron_dept.models.initialise import init_rows
 from megatron_dept.models.vocabulary_shard import VocabularyShard
 from megatron_dept.training.partitions import row_spread
+from megatron_dept.training.table_state import load_table, table_entries
 
 NO_IDS = torch.empty(0, dtype=torch.int64)
 NO_ROWS = range(0)
@@ -184,19 +187,14 @@ class EmbeddingBroker:
         """Start the resident embedding from a checkpoint's global tables (adapt's own-embedding protocol)."""
         self.load(index, mid_round=False)
 
-    def tensors(self, mid_round: bool) -> dict[str, Tensor]:
+    def tensors(self, mid_round: bool) -> dict[str, Entry]:
         """This rank's part of the shared or resident tables for a checkpoint, with the round's sums where under way."""
-        entries: dict[str, Tensor] = {}
+        entries: dict[str, Entry] = {}
         if self._resident is not None and self._saves:
             for part, parameter in self._resident.module.named_parameters():
                 entries |= whole(part, parameter, first_row(self._resident, part))
         for part, table in self._tables.items():
-            entries |= whole(part, table.rows, table.first)
-            if table.momentum is not None:
-                entries |= whole(f"{part}.momentum", table.momentum, table.first)
-            if mid_round:
-                entries |= whole(f"{part}.sums", table.pending.sums, table.first)
-                entries |= whole(f"{part}.counts", table.pending.counts, table.first)
+            entries |= table_entries(part, table, mid_round)
         return {key: value for key, value in entries.items() if len(value)}
 
     def load(self, index: SliceIndex, mid_round: bool) -> None:
@@ -207,15 +205,7 @@ class EmbeddingBroker:
             position = index.read("position") if self._has_position else None
             self._resident = self._owner(index.read("token", shard.start, shard.stop), position, shard)
         for part, table in self._tables.items():
-            first, last = table.first, table.first + len(table.rows)
-            if first == last:
-                continue
-            table.rows.copy_(index.read(part, first, last))
-            if table.momentum is not None:
-                table.momentum.copy_(index.read(f"{part}.momentum", first, last))
-            if mid_round:
-                table.pending.sums.copy_(index.read(f"{part}.sums", first, last))
-                table.pending.counts.copy_(index.read(f"{part}.counts", first, last))
+            load_table(index, part, table, mid_round)
 
     @property
     def _has_position(self) -> bool:
@@ -283,6 +273,8 @@ class EmbeddingBroker:
     def _row_table(self, kind: Kind, part: str, rows: int, rule: OuterRule) -> RowTable:
         world, hidden = self._world, self._config.model.hidden_size
         others = world.peers if world.layout.equal else world.row_owners
+        storage = row_storage(self._config, world.device)
+        wire = torch.bfloat16 if self._config.embedding.wire == "bf16" else torch.float32
 
         def initial(start: int, stop: int) -> Tensor:
             return self._draw(part, start, stop, ())
@@ -293,10 +285,22 @@ class EmbeddingBroker:
                 owners = world.layout.embedding_ranks()
                 silos = [world.layout.coordinate(rank).silo for rank in owners]  # type: ignore[assignment]
             return ReplicatedRowTable(
-                kind, hidden, rows, others, silos, world.place.silo, world.embedding, world.shape.tensor, rule, initial
+                kind,
+                hidden,
+                rows,
+                others,
+                silos,
+                world.place.silo,
+                world.embedding,
+                world.shape.tensor,
+                rule,
+                initial,
+                storage,
+                wire,
             )
         spread = row_spread(world.layout, rows)
-        return RowTable(kind, hidden, spread, others, world.embedding, world.shape.tensor, rule, initial)
+        tensor = world.shape.tensor
+        return RowTable(kind, hidden, spread, others, world.embedding, tensor, rule, initial, storage, wire)
 
     def _shard(self, rows: int) -> VocabularyShard:
         return VocabularyShard(self._world.tensor, rows, self._config.parallel.sequence_parallel)
@@ -307,6 +311,13 @@ class EmbeddingBroker:
 
     def _owner(self, token: Tensor, position: Tensor | None, shard: VocabularyShard) -> EmbeddingOwner:
         return EmbeddingOwner(self._module(token, position, shard), self._config.optimizer, self._world)
+
+
+def row_storage(config: RunConfig, device: torch.device) -> RowStorage:
+    """Where a rank keeps its rows of shared tables."""
+    if config.embedding.row_table == "disk":
+        return RowStorage(directory=config.embedding.directory or config.run_dir / "tables")
+    return RowStorage(pinned=device.type == "cuda")
 
 
 def first_row(owner: EmbeddingOwner, part: str) -> int:

@@ -181,7 +181,9 @@ def _run_case(layout: Layout, groups: Groups, number: int, case: Case) -> Report
             rows.accumulate(given, moved[need.start : need.stop], need)
             report.scatter_bytes.append(groups.ledger.take())
         rows.apply()
-        assert not rows.pending.sums(0, len(rows.rows)).any() and not rows.pending.counts.any(), "a round must not reach the next"
+        assert not rows.pending.sums(0, len(rows.rows)).any() and not rows.pending.counts.any(), (
+            "a round must not reach the next"
+        )
         report.rows.append(rows.rows.numpy().copy())
         report.momentum.append(None if rows.momentum is None else rows.momentum.numpy().copy())
     return report
