@@ -75,7 +75,7 @@ class RowMean:
 
     @torch.no_grad()
     def make_room(self) -> None:
-        """Before more is received: add up what came so far, where it would outgrow a table of sums."""
+        """While more is to come: add up what came so far, where it has outgrown a table of sums."""
         if sum(len(piece.deltas) for piece in self._pieces) > self._at_most:
             self._fold()
 

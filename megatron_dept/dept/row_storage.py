@@ -19,12 +19,10 @@ import torch
 from torch import Tensor
 
 from megatron_dept.common.errors import UserError
-from megatron_dept.common.sizes import FP32_BYTES
+from megatron_dept.common.sizes import FP32_BYTES, PENDING_ON_DISK
 
 BLOCK_BYTES = 8 << 20
 """Rows are worked on so many bytes at a time: bounds scratch memory, and what of a file is resident."""
-PENDING_ON_DISK = 256 << 20
-"""Bytes of a round's deltas that stay in memory where tables do not."""
 
 
 @dataclass(frozen=True)

@@ -91,22 +91,27 @@ Needs = Sequence[range | slice]
 """By embedding rank of a silo, the positions of a source's ids whose rows it holds."""
 
 
-def fetch_bytes(spread: RowSpread, silo: int, ids: np.ndarray, needs: Needs, hidden: int) -> dict[Scope, int]:
-    """Bytes of rows that all ranks send when `silo` gathers `ids`, by link; ids and counts (control) not included."""
+def fetch_bytes(
+    spread: RowSpread, silo: int, ids: np.ndarray, needs: Needs, hidden: int, width: int = FP32_BYTES
+) -> dict[Scope, int]:
+    """Bytes of rows that all ranks send when `silo` gathers `ids`, by link; ids and counts (control) not included.
+
+    `width`: bytes of a value on the wire.
+    """
     asked = _asked_rows(spread, silo, ids)
     parts = spread.fetch_parts(silo, ids)
     for rank in range(len(parts) - 1):
         brought = range(parts[rank], parts[rank + 1])
         asked["silo"] += sum(len(overlap(brought, need)) for other, need in enumerate(needs) if other != rank)
-    return {scope: rows * hidden * FP32_BYTES for scope, rows in asked.items()}
+    return {scope: rows * hidden * width for scope, rows in asked.items()}
 
 
 def return_bytes(
-    spread: RowSpread, silo: int, ids: np.ndarray, needs: Needs, tensor: int, hidden: int
+    spread: RowSpread, silo: int, ids: np.ndarray, needs: Needs, tensor: int, hidden: int, width: int = FP32_BYTES
 ) -> dict[Scope, int]:
     """Bytes of row deltas that all ranks send when `silo` accumulates `ids`, by link; control not included.
 
-    `tensor`: the silo's tensor ranks, which between them hold each row once.
+    `tensor`: the silo's tensor ranks, which between them hold each row once. `width`: as of `fetch_bytes`.
     """
     returned = _asked_rows(spread, silo, ids)
     parts = spread.fetch_parts(silo, ids)
@@ -114,7 +119,7 @@ def return_bytes(
         mine, first = range(parts[rank], parts[rank + 1]), rank // tensor * tensor
         neighbours = (other for other in range(first, first + tensor) if other != rank)
         returned["silo"] += sum(len(overlap(mine, needs[other])) for other in neighbours)
-    return {scope: rows * hidden * FP32_BYTES for scope, rows in returned.items()}
+    return {scope: rows * hidden * width for scope, rows in returned.items()}
 
 
 def _asked_rows(spread: RowSpread, silo: int, ids: np.ndarray) -> dict[Scope, int]:

@@ -84,6 +84,8 @@ class RowTable:
         Collective over silos and silo: a silo that needs none asks for none. `kind` overrides the ledger's kind.
         """
         kind = kind or self._kind
+        # Another slot is to come: what waits for the round's end must leave room for its training.
+        self.pending.make_room()
         parts = self._spread.fetch_parts(self._silo, ids.numpy())
         mine = self._part(parts, self._embedding.rank)
         asked, asked_counts, own_counts = self._ask(ids[mine.start : mine.stop])
@@ -103,7 +105,6 @@ class RowTable:
         are the table's from then on. Collective; an idle silo, or one whose source is left out of the round, sends
         none.
         """
-        self.pending.make_room()
         deltas = deltas.to(self._wire)
         parts = self._spread.fetch_parts(self._silo, ids.numpy())
         mine = self._part(parts, self._embedding.rank)

@@ -220,6 +220,7 @@ def _cut(config: RunConfig, layout: Layout, shape: SiloShape, turns: int) -> Cut
         loss_chunk_tokens=training.loss_chunk_tokens,
         optimizer_moments=2 if config.optimizer.optimizer == "adamw" else 0,
         offload_optimizer=config.parallel.offload_optimizer,
+        rows_on_disk=config.embedding.row_table == "disk",
         separate=config.federation.separate,
         wire=outer.wire,
         bucket_mb=outer.bucket_mb,
@@ -301,7 +302,13 @@ def _memory_table(plan: dict[str, Any]) -> Table:
     entries = plan["variants"]
     table = Table("MB a rank", *entries, title="Memory of the fullest rank")
     for part in next(iter(entries.values()))["memory"]:
-        names = {"device": "device in all", "host": "optimizer (host)", "row_table": "row table (host)"}
+        names = {
+            "device": "device in all",
+            "host": "optimizer (host)",
+            "row_table": "row table (host)",
+            "row_deltas": "rows' deltas (host)",
+            "row_files": "row table (disk)",
+        }
         figures = (f"{entry['memory'][part] / 1e6:,.1f}" for entry in entries.values())
         table.add_row(names.get(part, part), *figures)
     return table

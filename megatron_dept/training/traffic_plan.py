@@ -43,6 +43,7 @@ class TrafficPlan:
         self._positions = config.model.seq_length if config.model.has_position_table else 0
         # Always the same, and to know it every source's vocabulary is opened.
         self._evaluation: int | None = None
+        self._width = 2 if config.embedding.wire == "bf16" else FP32_BYTES
 
     def round_bytes(self, sampled: Sequence[str]) -> dict[str, int]:
         """Bytes sent in a round of these sources, by kind, where no source is left out."""
@@ -83,7 +84,7 @@ class TrafficPlan:
         own = [name for name in sampled if name in self._sources.vocabularies]
         if self._silo is None or not own:
             return told
-        row = (self._layout.silos - 1) * self._hidden * FP32_BYTES
+        row = (self._layout.silos - 1) * self._hidden * self._width
         if self._variant.token_rows == "shared":
             touched = np.unique(np.concatenate([self._sources.vocabularies[name].ids for name in own]))
             told["embedding"] = len(touched) * row
@@ -111,9 +112,9 @@ class TrafficPlan:
                 needs = needs_of(silo, len(ids))
                 tensor = self._layout.shapes[silo].tensor
                 if fetch:
-                    by_link = fetch_bytes(spread, place, ids, needs, self._hidden)
+                    by_link = fetch_bytes(spread, place, ids, needs, self._hidden, self._width)
                 else:
-                    by_link = return_bytes(spread, place, ids, needs, tensor, self._hidden)
+                    by_link = return_bytes(spread, place, ids, needs, tensor, self._hidden, self._width)
                 sent += sum(by_link.values())
         return sent
 

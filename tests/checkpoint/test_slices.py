@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dept.checkpoint.slices import SliceIndex, cut_by_name, save_slices, whole
+from megatron_dept.checkpoint.slices import SliceIndex, cut_by_name, in_blocks, save_slices, whole
 from megatron_dept.common.errors import CheckpointError
 from megatron_dept.common.segments import Segment
 
@@ -55,6 +55,34 @@ def test_pieces_of_any_partition_fill_any_other(
         for segment in segments:
             assert torch.equal(flat[segment.place], tensors[segment.name][segment.start : segment.stop])
         assert (flat[length - padding :] == -1).all(), "padding is nobody's"
+
+
+def test_a_table_is_saved_in_blocks_that_are_made_one_after_another(tmp_path: Path) -> None:
+    """However it was cut, it is read by range; entries of other types beside it come back too."""
+    table = torch.randn(11, 3, generator=torch.Generator().manual_seed(1))
+    file = tmp_path / "one.safetensors"
+    made: list[int] = []
+
+    def rows(first: int, last: int) -> torch.Tensor:
+        made.append(first)
+        return table[first:last]
+
+    blocks = [(0, 4), (4, 8), (8, 11)]
+    odd = whole("flag", torch.tensor([True])) | whole("count", torch.arange(3)) | whole("half", table[:1].bfloat16())
+    save_slices(file, {**odd, **in_blocks("token", 5, blocks, 3, rows)})
+    assert sorted(made) == [0, 4, 8]
+    index = SliceIndex([file])
+    assert torch.equal(index.read("token", 5, 16), table) and torch.equal(index.read("token", 8, 14), table[3:9])
+    assert torch.equal(index.read("count"), torch.arange(3)) and index.read("flag").tolist() == [True]
+    assert torch.equal(index.read("half"), table[:1].bfloat16())
+
+
+def test_a_file_without_entries_or_with_empty_ones(tmp_path: Path) -> None:
+    save_slices(tmp_path / "none.safetensors", {})
+    save_slices(tmp_path / "empty.safetensors", whole("nothing", torch.empty(0, 3)) | whole("one", torch.ones(1)))
+    assert SliceIndex([tmp_path / "none.safetensors"]).paths("") == []
+    index = SliceIndex([tmp_path / "empty.safetensors"])
+    assert "nothing" in index and index.read("one").tolist() == [1.0]
 
 
 def test_rows_of_a_table_are_read_by_range(tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dept.dept import averaging, row_storage
+from megatron_dept.dept import row_storage
 from megatron_dept.dept.averaging import RowMean, mean_delta
 from megatron_dept.dept.outer import OuterRule
-from megatron_dept.dept.row_storage import StoredRows
+from megatron_dept.dept.row_storage import RowStorage, StoredRows
 
 
 @st.composite
@@ -81,6 +81,68 @@ def test_saved_sums_and_counts_continue_the_round(case):
     for ids, delta in sources[half:]:
         resumed.add(torch.tensor(ids, dtype=torch.int64), torch.from_numpy(delta))
     assert torch.equal(mean_of(resumed, hidden)[0], mean_of(accumulate(rows, hidden, sources), hidden)[0])
+
+
+@st.composite
+def ways(draw):
+    """How the same deltas may come: whether in memory or on disk, in blocks of how many rows, and in which groups."""
+    return draw(st.booleans()), draw(st.integers(1, 5)), draw(st.lists(st.integers(0, 3), min_size=5, max_size=5))
+
+
+def come(case, way, directory):
+    """(mean, held, sums, touched) of sources that come in groups, each at once, before which room is made."""
+    rows, hidden, sources = case
+    on_disk, block, groups = way
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_storage, "BLOCK_BYTES", block * hidden * 4)
+        accumulator = RowMean(rows, hidden, RowStorage(directory if on_disk else None))
+        left = [(np.argsort(ids), np.sort(ids).astype(np.int64), delta) for ids, delta in sources]
+        for group in (*groups, len(left)):
+            some, left = left[:group], left[group:]
+            accumulator.make_room()
+            deltas = [torch.from_numpy(delta[order]) for order, _, delta in some]
+            accumulator.add_all(
+                [torch.from_numpy(ids) for _, ids, _ in some], torch.cat([torch.zeros(0, hidden), *deltas])
+            )
+        return *mean_of(accumulator, hidden), accumulator.sums(0, rows), accumulator.touched()
+
+
+@given(rounds(), ways())
+def test_however_deltas_come_the_bits_are_the_same(tmp_path_factory, case, way):
+    """As pieces that came at once or apart, added up in a table of sums on the way, in blocks, in memory or on disk."""
+    rows, hidden, sources = case
+    directory = tmp_path_factory.getbasetemp() / "sums"
+    mean, held, sums, (touched, touched_sums, counts) = come(case, way, directory)
+    expected, expected_held = reference(rows, hidden, sources, np.float32)
+    assert np.array_equal(mean.numpy(), expected) and np.array_equal(held.numpy(), expected_held)
+    assert torch.equal(touched, held.nonzero().squeeze(1)) and torch.equal(touched_sums, sums[touched])
+    total = np.zeros((rows, hidden), np.float32)
+    for ids, delta in sources:
+        total[ids] += delta
+    assert np.array_equal(sums.numpy(), total)
+    assert torch.equal(counts, torch.tensor([sum(row in ids for ids, _ in sources) for row in touched.tolist()]).int())
+
+
+@given(rounds())
+def test_sums_of_others_are_added_with_their_counts(case):
+    """Merging two halves' sums is not the same order of summing: equal where numbers are whole."""
+    rows, hidden, sources = case
+    sources = [(ids, np.rint(delta * 8)) for ids, delta in sources]
+    halves = [accumulate(rows, hidden, sources[half::2]).touched() for half in range(2)]
+    merged = RowMean(rows, hidden)
+    for ids, sums, counts in halves:
+        merged.merge(ids, sums, counts)
+    expected, held = mean_of(accumulate(rows, hidden, sources), hidden)
+    mean, held_too = mean_of(merged, hidden)
+    assert torch.equal(mean, expected) and torch.equal(held, held_too)
+
+
+def test_bf16_deltas_are_summed_in_fp32():
+    accumulator = RowMean(2, 1)
+    for value in (256.0, 1.0, 1.0):  # 257 is no bf16 number
+        accumulator.add(torch.tensor([1]), torch.tensor([[value]], dtype=torch.bfloat16))
+    assert accumulator.sums(0, 2).tolist() == [[0.0], [258.0]]
+    assert mean_of(accumulator, 1)[0].tolist() == [[0.0], [86.0]]
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5))

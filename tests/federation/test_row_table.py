@@ -3,7 +3,9 @@
 The reference keeps the whole table in one place. `V` rows, `h` hidden, `S` silos of data x tensor ranks.
 """
 
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 
 from megatron_dept.common.seeding import generator_for
 from megatron_dept.dept.outer import OuterRule
+from megatron_dept.dept.row_storage import RowStorage
 from megatron_dept.federation.row_spread import RowSpread, fetch_bytes, return_bytes
 from megatron_dept.federation.row_table import RowTable
 from megatron_dept.topology.launch import Launch
@@ -76,12 +79,21 @@ Slot = tuple[Turn | None, ...]
 
 @dataclass(frozen=True)
 class Case:
-    """`first_tensor_rank`: it alone holds all rows of a source, as of positions; else tensor ranks share them."""
+    """`first_tensor_rank`: it alone holds all rows of a source, as of positions; else tensor ranks share them.
+
+    `on_disk`: tables are mapped files; `wire`: in what rows travel.
+    """
 
     total_rows: int
     rule: OuterRule
     rounds: tuple[tuple[Slot, ...], ...]
     first_tensor_rank: bool = False
+    on_disk: bool = False
+    wire: torch.dtype = torch.float32
+
+    def sent(self, rows: np.ndarray) -> np.ndarray:
+        """What is left of rows that were on the wire, or would have been."""
+        return torch.from_numpy(rows).to(self.wire).float().numpy()
 
     def needs(self, shape: tuple[int, int], rows: int) -> list[range]:
         """By rank of a silo, the positions it holds of so many ids: uneven, the first ranks have one more."""
@@ -95,7 +107,9 @@ class Case:
 
 
 def cases(silos: int) -> list[Case]:
-    """Overlapping, disjoint, equal, single, no ids; idle silos; many slots; left-out sources; fewer rows than ranks."""
+    """Overlapping, disjoint, equal, single, no ids; idle silos; many slots; left-out sources; fewer rows than ranks; on
+    disk; in bf16.
+    """
     rows = 23
     everything = tuple(range(rows))
 
@@ -128,6 +142,8 @@ def cases(silos: int) -> list[Case]:
         Case(rows, NESTEROV, rounds),
         Case(2, NESTEROV, (few, few)),
         Case(rows, NESTEROV, rounds[:4], first_tensor_rank=True),
+        Case(rows, NESTEROV, rounds, on_disk=True),
+        Case(rows, NESTEROV, rounds, wire=torch.bfloat16),
     ]
 
 
@@ -164,7 +180,10 @@ def _run_case(layout: Layout, groups: Groups, number: int, case: Case) -> Report
     shape = layout.shapes[silo]
     wide = groups.peers if layout.among_peers else groups.wide
     spread = layout.spread(case.total_rows)
-    rows = RowTable("embedding", HIDDEN, spread, wide, groups.silo, shape[1], case.rule, initial_rows)
+    storage = RowStorage(Path(tempfile.gettempdir()) if case.on_disk else None)
+    rows = RowTable(
+        "embedding", HIDDEN, spread, wide, groups.silo, shape[1], case.rule, initial_rows, storage, case.wire
+    )
     assert len(made) == bool(len(rows.rows)), "initial rows are made once"
     report = Report([], [], [], rows.first, [], [], made[0] if made else (rows.first, rows.first))
     groups.ledger.take()
@@ -219,7 +238,7 @@ def reference(number: int, case: Case) -> list[Expected]:
             for silo, turn in enumerate(slot):
                 if turn is not None and not turn.dropped:
                     ids = list(turn.ids)
-                    total[ids] += deltas(number, round, index, silo, len(ids))
+                    total[ids] += case.sent(deltas(number, round, index, silo, len(ids)))
                     holders[ids] += 1
         held = holders > 0
         mean = total[held] / holders[held, None]
@@ -288,7 +307,8 @@ def test_every_rank_gathers_its_rows_as_they_stood_at_the_rounds_start(ran: Ran)
                     turn = slot[silo]
                     ids = list(turn.ids) if turn else []
                     need = case.needs(layout.shapes[silo], len(ids))[inside]
-                    np.testing.assert_array_equal(next(gathered), starts[round][ids][need.start : need.stop])
+                    expected = case.sent(starts[round][ids][need.start : need.stop])
+                    np.testing.assert_array_equal(next(gathered), expected)
 
 
 def test_a_row_held_by_none_is_unchanged_to_the_bit(ran: Ran) -> None:
@@ -342,7 +362,7 @@ def test_only_rows_asked_are_charged_and_the_formulas_say_how_many(ran: Ran) -> 
     """Between silos rows asked outside, once to fetch and once to return; inside what ranks hand one another."""
     layout, ranks = ran
     for number, case in enumerate(cases(len(layout.shapes))):
-        spread = layout.spread(case.total_rows)
+        spread, width = layout.spread(case.total_rows), 2 if case.wire == torch.bfloat16 else 4
         turn_number = 0
         for slots in case.rounds:
             for slot in slots:
@@ -353,13 +373,13 @@ def test_only_rows_asked_are_charged_and_the_formulas_say_how_many(ran: Ran) -> 
                         continue
                     needs, ids = case.needs(layout.shapes[silo], len(turn.ids)), np.array(turn.ids, np.int64)
                     out, back = by_hand(layout, case, silo, turn.ids)
-                    formula = fetch_bytes(spread, silo, ids, needs, HIDDEN)
-                    formula_back = return_bytes(spread, silo, ids, needs, layout.shapes[silo][1], HIDDEN)
+                    formula = fetch_bytes(spread, silo, ids, needs, HIDDEN, width)
+                    formula_back = return_bytes(spread, silo, ids, needs, layout.shapes[silo][1], HIDDEN, width)
                     for scope in ("federation", "silo"):
-                        fetched[scope] += out[scope] * HIDDEN * 4
+                        fetched[scope] += out[scope] * HIDDEN * width
                         told[scope] += formula[scope]
                         if not turn.dropped:
-                            returned[scope] += back[scope] * HIDDEN * 4
+                            returned[scope] += back[scope] * HIDDEN * width
                             told_back[scope] += formula_back[scope]
                 assert (told, told_back) == (fetched, returned)
                 gathers = [reports[number].gather_bytes[turn_number] for reports in ranks]

@@ -100,10 +100,14 @@ def test_memory_by_hand():
     assert found.embedding == (97 + 16) * 8 * (5 * 4 + 2)  # value, gradient, two moments, start; bf16 copy
     assert found.activations == 2 * 16 * (16 * 8) * 2  # 16 tokens of 16 h values in each of two layers
     assert found.logits == 4 * 16 * 97
-    assert found.row_table == 2 * 4 * 8 * (17 + 3)  # of 100 and 16 rows over 6 owners: value and sum
+    assert found.row_table == (4 * 8 + 4) * (17 + 3)  # of 100 and 16 rows over 6 owners: value and count
+    assert (found.row_deltas, found.row_files) == (4 * 8 * (17 + 3), 0)
     with_momentum = memory_of_rank(SMALL, cut, "trim", 97, 100, 0, momentum=True)
     assert with_momentum.outer - found.outer == 4 * 294
-    assert with_momentum.row_table == found.row_table * 3 // 2
+    assert with_momentum.row_table == (2 * 4 * 8 + 4) * (17 + 3) and with_momentum.row_deltas == found.row_deltas
+    mapped = memory_of_rank(SMALL, replace(cut, rows_on_disk=True), "trim", 97, 100, 0, momentum=True)
+    assert (mapped.row_table, mapped.row_files) == (4 * (17 + 3), 3 * 4 * 8 * (17 + 3))
+    assert mapped.device == with_momentum.device
     own = memory_of_rank(SMALL, cut, "spec_opt", 97, 100, 0)
     assert own.embedding == (97 + 16) * 8 * (4 * 4 + 2) and own.row_table == 0
     assert memory_of_rank(SMALL, cut, "std", 97, 100, 0).outer == 0
@@ -119,7 +123,7 @@ def test_memory_of_separate_launches():
     """Each silo has all rows, on its own two ranks, and the whole outer momentum."""
     cut = Cut(3, data=2, zero_stage=1, micro_batch=1, global_batch=4, separate=True)
     found = memory_of_rank(SMALL, cut, "trim", 97, 100, 0, momentum=True)
-    assert found.row_table == 3 * 4 * 8 * (50 + 8)
+    assert found.row_table == (2 * 4 * 8 + 4) * (50 + 8)
     assert found.outer == 4 * (880 + 880), "start and momentum; buffers are made for each exchange"
 
 
@@ -128,7 +132,7 @@ def test_memory_of_unequal_silos():
     cut = Cut(2, data=2, zero_stage=1, micro_batch=1, global_batch=4, all_ranks=5, all_embedding_ranks=4)
     found = memory_of_rank(SMALL, cut, "trim", 97, 100, 0, momentum=True)
     assert found.outer == 4 * (880 + 880 + 352 + 352)
-    assert found.row_table == 3 * 4 * 8 * (25 + 4)
+    assert found.row_table == (2 * 4 * 8 + 4) * (25 + 4)
     assert memory_of_rank(SMALL, cut, "trim", 97, 100, 0).outer == 4 * (880 + 880 + 352)
 
 

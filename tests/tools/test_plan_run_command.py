@@ -84,12 +84,14 @@ MEMORY = {
     "logits",
     "host",
     "row_table",
+    "row_deltas",
+    "row_files",
     "device",
 }
 CUT = {
     "silos", "pipe", "data", "tensor", "zero_stage", "precision", "sequence_parallel", "activation_checkpointing",
     "micro_batch", "global_batch", "loss_chunk_tokens", "micro_batches", "optimizer_moments", "ranks",
-    "offload_optimizer", "separate", "overlap", "all_ranks", "all_embedding_ranks",
+    "offload_optimizer", "rows_on_disk", "separate", "overlap", "all_ranks", "all_embedding_ranks",
 }  # fmt: skip
 
 

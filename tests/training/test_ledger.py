@@ -61,6 +61,22 @@ def test_measured_bytes_are_the_predicted_ones(
         assert {kind: entry["kinds"][kind] for kind in entry["predicted"]} == entry["predicted"]
 
 
+@pytest.mark.parametrize("data", [1, 2])
+def test_rows_in_bf16_are_half_the_bytes_and_foretold(finished: Finished, data: int) -> None:
+    """Of rows and deltas between silos; ids, counts and the body are what they were."""
+    sections = {"dept": {**DEPT, "variant": "trim"}, "parallel": {"silos": 2, "zero_stage": data}, **VALIDATED}
+    entries = zip(
+        ledger(finished(2 * data, **sections)),
+        ledger(finished(2 * data, **sections, embedding={"wire": "bf16"})),
+        strict=True,
+    )
+    for whole, half in entries:
+        assert {kind: half["kinds"][kind] for kind in half["predicted"]} == half["predicted"]
+        for kind in ("embedding", "position", "evaluation"):
+            assert half["groups"][f"federation/{kind}"] * 2 == whole["groups"][f"federation/{kind}"] > 0
+        assert half["kinds"]["body"] == whole["kinds"]["body"]
+
+
 @pytest.mark.parametrize(("silos", "data", "stage"), [layout[1:] for layout in LAYOUTS if layout[0] == "glob"])
 def test_the_body_moves_twice_its_size_and_some_padding(
     finished: Finished, corpus: Corpus, silos: int, data: int, stage: int

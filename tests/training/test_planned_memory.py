@@ -42,7 +42,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 OVERLAPPED = ["2 silos, overlapped"]
 IN_BF16 = ["one process", "data 2, ZeRO 1", "data 2, ZeRO 3", "ZeRO 2, offload", "2 silos x pipe 2"]
 TRANSIENT = ("gathered", "activations", "logits")
-"""Parts that are there in forward or backward alone."""
+"""Parts that are there in forward or backward alone; rows' deltas come when the first source's steps are done."""
 NESTEROV = {"optimizer": "nesterov", "learning_rate": 0.7, "momentum": 0.9}
 
 

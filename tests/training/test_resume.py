@@ -32,6 +32,7 @@ class Case:
     dept: dict[str, Any] = field(default_factory=dict)
     checkpoint: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    embedding: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ranks(self) -> int:
@@ -44,6 +45,7 @@ class Case:
             "parallel": {"silos": self.silos, "zero_stage": self.stage},
             "checkpoint": self.checkpoint,
             "training": self.training,
+            "embedding": self.embedding,
         }
 
 
@@ -67,6 +69,13 @@ CASES = {
     "std, the second data rank": Case(Stop(1, 4), {"mixture": 1}, variant="std", silos=1, data=2),
     "act, in its second cycle": Case(Stop(0, 5), {"mixture": 2}, variant="act", silos=1, stage=3),
     "bf16, whose masters are fp32": Case(Stop(0, 5), {"code": 2}, dept=KEEP, training={"precision": "bf16"}, stage=3),
+    "tables on disk, rows in bf16, a slot's deltas waiting": Case(
+        Stop(0, 5),
+        {"code": 2},
+        variant="trim",
+        dept={"outer": NESTEROV},
+        embedding={"row_table": "disk", "wire": "bf16"},
+    ),
     "one process": Case(Stop(0, 4), {"greek": 1}, variant="trim", silos=1, dept={**KEEP, "outer": NESTEROV}),
 }
 

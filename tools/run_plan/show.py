@@ -46,7 +46,8 @@ def _memory_table(plans: Sequence[dict[str, Any]], silos: int) -> Table:
         "rows",
         *MEMORY,
         "optimizer (host)",
-        "row table (host)",
+        "row table, deltas (host)",
+        "row table (disk)",
         title=f"GB of a rank, heaviest stage, {silos} silos",
     )
     for plan in plans:
@@ -54,8 +55,8 @@ def _memory_table(plans: Sequence[dict[str, Any]], silos: int) -> Table:
         total = "" if plan["fits"] else " [red]too much[/red]"
         figures = [f"{memory[part] / 1e9:,.2f}" for part in MEMORY]
         figures[-1] += total
-        host = [f"{memory[part] / 1e9:,.2f}" for part in ("host", "row_table")]
-        table.add_row(plan["variant"], f"{plan['rows']:,}", *figures, *host)
+        host = [memory["host"], memory["row_table"] + memory["row_deltas"], memory["row_files"]]
+        table.add_row(plan["variant"], f"{plan['rows']:,}", *figures, *(f"{size / 1e9:,.2f}" for size in host))
     return table
 
 

@@ -40,6 +40,8 @@ class Cut:
     """Of the inner optimizer: AdamW's two, or none."""
     offload_optimizer: bool = False
     """Masters and moments are in host memory."""
+    rows_on_disk: bool = False
+    """Shared tables lie in mapped files, not in host memory."""
     separate: bool = False
     """Silos are launches of their own: each has all rows of shared tables and the whole outer momentum."""
     overlap: int = 0

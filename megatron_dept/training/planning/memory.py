@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from megatron_dept.common.sizes import FP32_BYTES, LARGEST_BUCKET
+from megatron_dept.common.sizes import FP32_BYTES, LARGEST_BUCKET, PENDING_ON_DISK
 from megatron_dept.config.schema import ModelConfig, Variant
 from megatron_dept.dept.variants import VARIANTS
 from megatron_dept.federation.buckets import Shares, ring_bytes
@@ -20,9 +20,18 @@ PERSISTED_ELEMENTS = 100_000
 """Parameters of so many elements at most stay whole under ZeRO 3 (DeepSpeed's stage3_param_persistence_threshold)."""
 
 
+COUNT_BYTES = 4
+"""How many sources hold a row: int32."""
+ROWS = ("row_table", "row_deltas", "row_files")
+
+
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. `host` (an offloaded optimizer) and `row_table` are host memory, the rest is the device's."""
+    """Bytes of one rank.
+
+    `host` (an offloaded optimizer), `row_table` and `row_deltas` are host memory, `row_files` disk space, the rest is
+    the device's.
+    """
 
     weights: int
     gathered: int
@@ -36,10 +45,12 @@ class Memory:
     logits: int
     host: int
     row_table: int
+    row_deltas: int
+    row_files: int
 
     @property
     def device(self) -> int:
-        return sum(asdict(self).values()) - self.host - self.row_table
+        return sum(asdict(self).values()) - self.host - self.row_table - self.row_deltas - self.row_files
 
 
 def memory_of_rank(
@@ -54,7 +65,7 @@ def memory_of_rank(
       reduction buffer, fp32 and as large as the body up to a limit. gradients: fp32, in which micro-batches are summed,
       x held (0, 1) or x partition (2, 3). masters: 4 x partition under ZeRO. moments: 8 x partition (x held under ZeRO
       0) with AdamW. host: these where the optimizer is offloaded (`_optimizer`).
-    - outer: see `outer_bytes`. row_table: this rank's rows, their sums and momentum.
+    - outer: see `outer_bytes`. row_table, row_deltas, row_files: see `_rows`.
     - embedding: fp32 table, gradient, moments, the round's start where rows are shared, and the copy in compute
       precision; first and last stage have it, the position table is the first stage's.
     """
@@ -68,7 +79,7 @@ def memory_of_rank(
     positions = model.seq_length if model.has_position_table else 0
     table = (-(-rows // cut.tensor) * (first or last) + positions * first) * model.hidden_size
     copy = cut.width if cut.width < FP32_BYTES else 0
-    owned = (-(-vocabulary // cut.row_owners) + -(-positions // cut.row_owners)) * first * model.hidden_size
+    owned = (-(-vocabulary // cut.row_owners) + -(-positions // cut.row_owners)) * first
     sharded = cut.zero_stage == 3
     small = sum(size for size in sizes if size <= PERSISTED_ELEMENTS) if sharded else 0
     return Memory(
@@ -81,8 +92,26 @@ def memory_of_rank(
         logits=FP32_BYTES * min(cut.loss_chunk_tokens, cut.micro_batch * model.seq_length) * -(-rows // cut.tensor)
         if last
         else 0,
-        row_table=FP32_BYTES * owned * (3 if momentum else 2) if shared else 0,
+        **(_rows(cut, owned, model.hidden_size, momentum) if shared else dict.fromkeys(ROWS, 0)),
     )
+
+
+def _rows(cut: Cut, owned: int, hidden: int, momentum: bool) -> dict[str, int]:
+    """What a rank that owns `owned` rows of shared tables keeps of them.
+
+    Values and outer momentum, and how many sources have held each row. Of the deltas of the round under way what has
+    come waits as it came while it is less than a table of sums, and is added up in one before it is more; on disk such
+    a table's room is part of the files', and a limited part waits in memory.
+    """
+    table = FP32_BYTES * owned * hidden
+    kept, counts = table * (1 + momentum), COUNT_BYTES * owned
+    if cut.rows_on_disk:
+        return {
+            "row_table": counts,
+            "row_deltas": min(table, PENDING_ON_DISK),
+            "row_files": kept + table,
+        }
+    return {"row_table": kept + counts, "row_deltas": table, "row_files": 0}
 
 
 def outer_bytes(model: ModelConfig, cut: Cut, part: int, momentum: bool) -> int:
