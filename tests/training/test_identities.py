@@ -63,8 +63,9 @@ def test_where_tables_lie_changes_no_bit_and_rows_in_bf16_are_rounded_on_any_sil
     one = finished(**same, embedding={"wire": "bf16"})
     two = finished(2, **same, parallel={"silos": 2}, embedding={"wire": "bf16", "row_table": "disk"})
     assert largest_difference(final_state(one), final_state(two)) == 0
-    # Rounded once a round by 2^-9 at most, and trained on from there.
-    assert 0 < largest_difference(final_state(one), final_state(in_memory)) < 0.02
+    # Rows are rounded twice a round, by 2^-9 of themselves at most: the run is another, and as good.
+    assert largest_difference(final_state(one), final_state(in_memory)) > 0
+    assert losses(one) == pytest.approx(losses(in_memory), rel=2e-3)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
