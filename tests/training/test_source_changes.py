@@ -42,14 +42,15 @@ def drawn(**dept: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("variant", "ranks"), [("trim", 1), ("spec", 2), ("spec_opt", 1), ("glob", 2)], ids=lambda value: str(value)
+    ("variant", "ranks", "overlap"), [("trim", 1, 0), ("spec", 2, 0), ("spec_opt", 1, 0), ("glob", 2, 1)]
 )
 def test_sources_join_leave_and_come_back(
-    finished: Finished, corpus: Corpus, tmp_path: Path, variant: str, ranks: int
+    finished: Finished, corpus: Corpus, tmp_path: Path, variant: str, ranks: int, overlap: int
 ) -> None:
     """code joins and greek leaves after the first round; greek is back for the last. Inner state is kept, so it too is
-    shown to have been kept for greek."""
-    same = {**drawn(variant=variant, inner_state="keep"), "parallel": {"silos": ranks}}
+    shown to have been kept for greek. With `overlap` the round's exchange was still on its way."""
+    dept = {"variant": variant, "inner_state": "keep", "outer": {**NESTEROV, "overlap": overlap}}
+    same = {**drawn(**dept), "parallel": {"silos": ranks}}
     expected = finished(ranks, **same)
 
     def run(*names: str) -> RunConfig:
@@ -126,6 +127,22 @@ def test_the_round_under_way_goes_on_without_who_leaves_in_its_turn(
     assert list(state.manifest["sources"]) == ["latin", "greek"]
     with pytest.raises(CheckpointError, match="source greek was never sampled"):
         state.token_table("greek")
+
+
+@pytest.mark.parametrize("outer", [{}, {"overlap": 1}], ids=["at once", "overlapped"])
+def test_a_round_that_all_have_left_leaves_the_body_as_it_was(
+    corpus: Corpus, tmp_path: Path, outer: dict[str, Any]
+) -> None:
+    """latin alone, gone in the second round; greek, which comes for it, waits for the third. Overlapped, the first
+    round's exchange was still on its way."""
+    same = {"dept": {"variant": "spec", "rounds": 3, "n_local": 3, "outer": outer}}
+    stopped(small_config(corpus, tmp_path / "run", source_names=["latin"], **same), 1, Stop(0, 5))
+    assert train(small_config(corpus, tmp_path / "run", source_names=["greek"], **same)) == [True]
+    lines = metrics(tmp_path / "run", "round")
+    assert [line["sources"] for line in lines] == [["latin"], ["latin"], ["greek"]]
+    assert [line["dropped"] for line in lines] == [[], ["latin"], []]
+    first, second, third = (line["body_hash"] for line in lines)
+    assert first == second != third
 
 
 def test_the_round_under_way_keeps_what_a_source_has_done_before_it_left(
