@@ -21,6 +21,8 @@ WIDTHS = [(1, 0), (3, 1), (8, 4), (20, 0), (96, 0), (256, 0), (264, 1), (1030, 4
 All arrays start `offset` elements past an aligned address: whole vectors, single elements, short vectors only."""
 LENGTHS = [(0, 0), (1, 1), (255, 4), (256, 0), (257, 0), (1000, 1), (20_001, 0)]
 """(elements of a body, offset): tails of the int8 wire's blocks, and so many that every kernel's grid has to stride."""
+SPECIAL = torch.tensor([0, -0.0, 1e-45, -1e-40, 3e-8, 2.9802323e-8, 6.1e-5, 65504, 65519.9, -65520, 3.4e38])
+"""What casts and sums of little go wrong at: zeros, numbers below the smallest normal one, ends of fp16 and fp32."""
 ROWS = [(*width, None) for width in WIDTHS] + [(264, 0, array) for array in range(4)]
 BODIES = [(*length, None) for length in LENGTHS] + [(1000, 0, array) for array in range(5)]
 """With the one array, counted as drawn, that starts an element further on than the others."""
@@ -63,10 +65,14 @@ def equal_bits(found: Tensor, expected: Tensor) -> bool:
 
 
 class Draw:
-    """Random tensors, all `offset` elements past an aligned address, array number `odd` one more."""
+    """Random tensors, all `offset` elements past an aligned address, array number `odd` one more.
 
-    def __init__(self, seed: int, offset: int, odd: int | None) -> None:
+    Among normal numbers are SPECIAL ones of magnitudes up to `largest`: a huge one leaves nothing of an int8 block.
+    """
+
+    def __init__(self, seed: int, offset: int, odd: int | None, largest: float = torch.inf) -> None:
         self.generator = torch.Generator().manual_seed(seed)
+        self.special = SPECIAL[SPECIAL.abs() <= largest]
         self.offset, self.odd, self.drawn = offset, odd, 0
 
     def placed(self, tensor: Tensor, unit: int = 1) -> Tensor:
@@ -76,7 +82,13 @@ class Draw:
         return placed(tensor, unit * offset)
 
     def floats(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.placed(torch.randn(*shape, generator=self.generator).to(dtype))
+        return self.placed(self.numbers(*shape).to(dtype))
+
+    def numbers(self, *shape: int) -> Tensor:
+        drawn = torch.randn(*shape, generator=self.generator)
+        places = torch.rand(*shape, generator=self.generator) < 0.03
+        drawn[places] = self.special[self.integers(0, len(self.special), int(places.sum()))]
+        return drawn
 
     def integers(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.randint(low, high, shape, generator=self.generator, dtype=dtype)
@@ -170,7 +182,7 @@ def body_pack() -> Iterator[Case]:
     for wire in WIRES:
         for number, (n, offset, odd) in enumerate(BODIES):
             for given in range(4):
-                draw = Draw(number, offset, odd)
+                draw = Draw(number, offset, odd, 1 if wire == "int8" else torch.inf)
                 value, local, carried, residual = (draw.floats(n) for _ in range(4))
                 if n == 1000:
                     for array in (value, local, carried, residual):
@@ -195,7 +207,7 @@ def received(draw: Draw, silos: int, n: int, wire: str) -> Tensor:
     for row in rows:
         # A row of its own: the reference views bytes as numbers, which a row in the middle may be too crooked for.
         packed = torch.empty(wire_bytes(n, wire), dtype=torch.uint8)
-        reference.body_pack(torch.randn(n, generator=draw.generator), None, None, None, wire, packed)
+        reference.body_pack(draw.numbers(n), None, None, None, wire, packed)
         row.copy_(packed)
     return rows
 
@@ -204,7 +216,7 @@ def body_mean() -> Iterator[Case]:
     """One to five silos, of whose sources not all were sampled."""
     for wire in WIRES:
         for number, (n, offset, odd) in enumerate(BODIES):
-            draw = Draw(number, offset, odd)
+            draw = Draw(number, offset, odd, 1 if wire == "int8" else torch.inf)
             silos = 1 + number % 5
             arguments = {
                 "received": received(draw, silos, n, wire),
@@ -220,7 +232,7 @@ def body_unpack() -> Iterator[Case]:
     for wire in WIRES:
         for number, (n, offset, odd) in enumerate(BODIES):
             for momentum in (False, True):
-                draw = Draw(number, offset, odd)
+                draw = Draw(number, offset, odd, 1 if wire == "int8" else torch.inf)
                 silos = 1 + (number + 2 * momentum) % 5
                 arguments = {
                     "received": received(draw, silos, n, wire),
@@ -241,7 +253,7 @@ def body_apply() -> Iterator[Case]:
     """Masters and low-precision copies, present and absent."""
     for wire in WIRES:
         for number, (n, offset, odd) in enumerate(BODIES):
-            draw = Draw(number, offset, odd)
+            draw = Draw(number, offset, odd, 1 if wire == "int8" else torch.inf)
             low = (None, torch.bfloat16, torch.float16)[number % 3]
             arguments = {
                 "back": received(draw, 1, n, wire)[0],
