@@ -57,7 +57,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     steps = ", ".join(step.name for step in STEPS)
     parser.add_argument("--wheels", type=Path, default=None, help="folder of wheels that the machine lacks")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the report")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the report (default benchmarks/results)")
     parser.add_argument("--minutes", type=float, default=30.0, help="time for all steps together (default 30)")
     parser.add_argument("--only", default=None, help=f"these steps, parted by commas: {steps}")
     parser.add_argument("--again", action="store_true", help="also what went well before")
@@ -67,7 +67,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--python-version", default=TARGET_PYTHON, help=f"with --list-wheels: its Python (default {TARGET_PYTHON})"
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.out is None:
+        # A rehearsal's figures are none, and no result.
+        arguments.out = ROOT / "benchmarks" / "results" if arguments.device == "cuda" else WORK
+    return arguments
 
 
 def list_wheels(arguments: argparse.Namespace) -> int:

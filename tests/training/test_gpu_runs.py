@@ -86,8 +86,8 @@ def test_bf16_runs_follow_the_cpus_in_fp32(runs: dict[str, dict[str, dict[Any, f
     gpu, cpu = runs[variant]["gpu"], runs[variant]["cpu"]
     assert gpu.keys() == cpu.keys() and len(gpu) >= 6
     for step, loss in cpu.items():
-        # bf16's 8 bits, over two rounds of three steps.
-        assert gpu[step] == pytest.approx(loss, rel=2e-2), step
+        # bf16's 8 bits, over two rounds of three steps: on a CPU they make 1e-4 of the loss.
+        assert gpu[step] == pytest.approx(loss, rel=1e-3), step
 
 
 @pytest.mark.parametrize(("wire", "allowed"), [("fp32", 1e-4), ("bf16", 1e-2), ("int8", 2e-2)])
