@@ -8,11 +8,15 @@ Copy bandwidth counts bytes read plus bytes written. Inputs are random: the same
 
 import argparse
 import json
+import os
 import platform
+import signal
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +132,24 @@ def _driver() -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip().splitlines()[0]
     except (OSError, IndexError, subprocess.TimeoutExpired):
         return "not told"
+
+
+def run_within(command: list[str], limit: float) -> tuple[int | None, list[str]]:
+    """(exit code, lines of output) of a command; after `limit` seconds it and all that it started are ended: None."""
+    with tempfile.TemporaryFile() as output:
+        # Not a pipe: a compiler that outlives its parent would hold it open.
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        code = None
+        try:
+            with suppress(subprocess.TimeoutExpired):
+                code = process.wait(timeout=limit)
+        finally:
+            # Also where this process itself is asked to end meanwhile.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        return code, output.read().decode(errors="replace").strip().splitlines()
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,6 @@ import argparse
 import functools
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.gpu_measure import add_device_option, product_rate, synchronize, time_calls, write_figures
+from benchmarks.gpu_measure import add_device_option, product_rate, run_within, synchronize, time_calls, write_figures
 from megatron_dept.common.seeding import generator_for
 from megatron_dept.config.load import validate_config
 from megatron_dept.config.presets import PRESETS
@@ -180,6 +179,7 @@ def run_case(case: StepCase, device: torch.device) -> dict[str, Any]:
         seconds, losses = _steps(trainer, steps, device)
         peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
         ending = _round_end(trainer, device)
+        peak_of_round = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
         world.close()
     batch_tokens = config.training.global_batch_size * sequence
     median = statistics.median(seconds)
@@ -198,6 +198,7 @@ def run_case(case: StepCase, device: torch.device) -> dict[str, Any]:
         "mfu_measured_product": round(operations / product, 4),
         "product_tflops": round(product / 1e12, 3),
         "peak_gib": None if peak is None else round(peak, 2),
+        "peak_of_round_gib": None if peak_of_round is None else round(peak_of_round, 2),
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "round_end_ms": ending,
@@ -320,17 +321,15 @@ def run_apart(case: StepCase, device: str, limit: float) -> dict[str, Any]:
         target = Path(folder) / "case.json"
         command = [sys.executable, "-m", "benchmarks.gpu_step", "--device", device, "--json", str(target)]
         command += ["--case", json.dumps(asdict(case))]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=limit, errors="replace")
-        except subprocess.TimeoutExpired:
-            return {"case": case.name, "error": f"not done within {limit:.0f} s"}
+        code, lines = run_within(command, limit)
         if target.exists():
             figures: dict[str, Any] = json.loads(target.read_text())
             return figures
-    lines = (done.stdout + done.stderr).strip().splitlines()
+    if code is None:
+        return {"case": case.name, "error": f"not done within {limit:.0f} s"}
     if any("OutOfMemoryError" in line for line in lines):
         return {"case": case.name, "error": "out of memory"}
-    return {"case": case.name, "error": f"exit code {done.returncode}", "tail": lines[-25:]}
+    return {"case": case.name, "error": f"exit code {code}", "tail": lines[-25:]}
 
 
 def run_all(device: str, path: Path | None, seconds: float) -> int:
