@@ -6,8 +6,8 @@
 V = 250,112, the paper's multilingual tokenizer. Memory is that of the run's own objects, measured in a process of its
 own a variant, beside the paper's Table 9. Steps of this project and of plain torch take turns in one process (see
 `benchmarks.vocabulary_steps`); the best of each counts, by clock and by CPU seconds. Some 10 minutes on two idle cores,
-at most 8 GB. With --json, figures that the file has are kept where they are not measured again, so that a busy machine
-can do it in parts: `--skip-memory --vocabularies 4000 12000`, then others.
+at most 8 GB. With --json, steps are added to those that the file has, so that a busy machine can do it in parts:
+`--skip-memory --vocabularies 4000 12000`, then others, or the same again.
 """
 
 import argparse
@@ -73,6 +73,20 @@ def measure_steps(vocabularies: list[int], sequences: int, repeats: int, threads
         "threads": threads,
         "timings": {str(timing.vocabulary): asdict(timing) for timing in told.timings},
     }
+
+
+def add_steps(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """What `measure_steps` found before and now: all steps of each vocabulary, the best rates, the highest peak."""
+    timings = dict(before["timings"])
+    for key, timing in now["timings"].items():
+        if key in timings:
+            timing = timing | {
+                kind: {name: timings[key][kind][name] + timing[kind][name] for name in timing[kind]}
+                for kind in ("wall", "cpu")
+            }
+        timings[key] = timing
+    best = {name: max(now[name], before.get(name, 0)) for name in ("multiplies", "copies", "peak_bytes")}
+    return now | best | {"timings": timings}
 
 
 def memory_table(memory: dict[str, dict[str, Any]]) -> list[str]:
@@ -163,7 +177,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
             base += amount
         right.text(at, base + 0.06, f"{held['parameters'] / 1e6:.1f}M", ha="center", fontsize=8, color=INK)
     right.set_xticks(range(len(names)), names)
-    heading(right, "An embedding in training", "GB on a rank of one silo, and its parameters")
+    heading(right, "An embedding in training", "GB; above: parameters")
     save(figure, path)
 
 
@@ -184,9 +198,7 @@ def main() -> None:
         figures["memory"] |= measure_memory()
     if arguments.vocabularies:
         steps = measure_steps(arguments.vocabularies, arguments.sequences, arguments.repeats, arguments.threads)
-        before = figures["steps"]
-        steps["peak_bytes"] = max(steps["peak_bytes"], before.get("peak_bytes", 0))
-        figures["steps"] = steps | {"timings": before["timings"] | steps["timings"]}
+        figures["steps"] = add_steps(figures["steps"], steps)
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
