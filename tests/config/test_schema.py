@@ -163,6 +163,19 @@ REFUSED = {
         "dept.outer.overlap 1 with federation.backend mpi: an MPI library may not let two threads communicate at once; "
         "set federation.backend: gloo, or dept.outer.overlap: 0",
     ),
+    "int8 among tensor ranks": (
+        {"dept": {"outer": {"wire": "int8"}}, "parallel": {"silos": 2, "tensor_model_parallel_size": 2}},
+        "dept.outer.wire int8 with tensor_model_parallel_size 2: tensor ranks hold copies of norms and biases, which "
+        "would lie in different blocks and drift apart; set dept.outer.wire: bf16",
+    ),
+    "a packed wire between silos of different shapes": (
+        {
+            "dept": {"outer": {"wire": "bf16"}},
+            "parallel": {"shapes": [{"data_parallel_size": 2}, {"tensor_model_parallel_size": 2}]},
+        },
+        "dept.outer.wire bf16 with silos of different parallel.shapes: elements that go by their names travel as "
+        "fp32; set dept.outer.wire: fp32, or give all silos one shape",
+    ),
     "a silo out of range": (
         {"federation": {"address": "here:29400", "silo": 2, "silos": 2, "token_file": "t"}},
         "federation: silo 2 is not below silos 2; count from 0",
