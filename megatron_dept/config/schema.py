@@ -39,7 +39,7 @@ class OuterConfig(Section):
         "fp32", description="what the body's deltas and updates travel as between silos; int8 with error feedback"
     )
     bucket_mb: float = Field(
-        8.0,
+        32.0,
         gt=0,
         description="MB of fp32 deltas packed, sent and unpacked at once, beside others; no number depends on it",
     )

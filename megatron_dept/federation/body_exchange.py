@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_dept.common.segments import Segment
 from megatron_dept.dept.outer import OuterRule
-from megatron_dept.federation.buckets import Packing, Ring, Shares, exchange_bytes, travel
+from megatron_dept.federation.buckets import Apply, Pack, Packing, Ring, Settle, Shares, exchange_bytes, travel
 from megatron_dept.federation.communicator import Communicator
 from megatron_dept.federation.exchange import Handed, Prepared, Residual, accept_state, commit_mean, new_momentum
 from megatron_dept.federation.round_delta import RoundDelta
@@ -166,8 +166,11 @@ class BodyExchange:
         if sources:
             assert self._ring is not None
             pack = partial(self._pack, *self._delta.operands(), self.residual)
-            travel(self._peers, self._shares, self._wire, self._ring, pack, partial(self._settle, sources), self._apply)
+            self._travel(self._ring, pack, partial(self._settle, sources), self._apply, self.value)
         self._delta.reset()
+
+    def _travel(self, ring: Ring, pack: Pack, settle: Settle, apply: Apply, landing: Tensor) -> None:
+        travel(self._peers, self._shares, self._wire, ring, pack, settle, apply, landing)
 
     def _pack(self, a: Tensor, b: Tensor | None, residual: Tensor | None, place: slice, out: Tensor) -> None:
         """The delta a - b (b None: a) of some elements into bytes."""
@@ -220,7 +223,7 @@ class BodyExchange:
             if place.start < place.stop:
                 body_mean(back.view(1, -1), 1, self._wire, mean[place])
 
-        travel(self._peers, self._shares, self._wire, self._new_ring(), pack, settle, apply)
+        self._travel(self._new_ring(), pack, settle, apply, mean)
         return Prepared(mean, residual)
 
     def commit(self, prepared: Prepared | None) -> None:

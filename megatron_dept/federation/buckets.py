@@ -19,6 +19,7 @@ from megatron_dept.ops.body import BLOCK, Wire, wire_bytes
 
 ELEMENT_BYTES: Mapping[Wire, int] = {"fp32": 4, "bf16": 2, "int8": 1}
 """Of an element on the wire; int8 has scales besides."""
+ALONE_MB = 1.0
 SLOTS = 3
 """Buckets under way at once: one is packed, one's deltas travel, one's answer does."""
 
@@ -28,7 +29,7 @@ class Packing:
     """What travels (`outer.wire`), and megabytes of fp32 deltas, all silos' shares together, of one bucket."""
 
     wire: Wire = "fp32"
-    bucket_mb: float = 8.0
+    bucket_mb: float = 32.0
 
 
 def refuse_packed(packing: Packing) -> None:
@@ -58,8 +59,8 @@ class Shares:
 
     @classmethod
     def cut(cls, partition: int, silos: int, bucket_mb: float) -> "Shares":
-        """`bucket_mb`: see `Packing`."""
-        elements = int(bucket_mb * 1e6) // FP32_BYTES // silos
+        """`bucket_mb`: see `Packing`; alone, where nothing travels, never more than `ALONE_MB`."""
+        elements = int((bucket_mb if silos > 1 else min(bucket_mb, ALONE_MB)) * 1e6) // FP32_BYTES // silos
         return cls(partition, silos, max(BLOCK, elements // BLOCK * BLOCK))
 
     @property
@@ -124,10 +125,20 @@ Apply = Callable[[slice, Tensor], None]
 
 
 def travel(
-    peers: Communicator, shares: Shares, wire: Wire, ring: Ring, pack: Pack, settle: Settle, apply: Apply
+    peers: Communicator,
+    shares: Shares,
+    wire: Wire,
+    ring: Ring,
+    pack: Pack,
+    settle: Settle,
+    apply: Apply,
+    landing: Tensor,
 ) -> None:
-    """Exchange a whole partition, bucket by bucket. Collective; every rank calls it with the same shares and wire."""
-    passages = [_Passage(peers, shares, wire, ring, bucket) for bucket in range(shares.buckets)]
+    """Exchange a whole partition, bucket by bucket. Collective; every rank calls it with the same shares and wire.
+
+    `landing`: fp32 [n]. What others answer in fp32 is received there, where `apply` would put it.
+    """
+    passages = [_Passage(peers, shares, wire, ring, bucket, landing) for bucket in range(shares.buckets)]
     for step in range(shares.buckets + 2):
         if step < shares.buckets:
             passages[step].send(pack)
@@ -140,7 +151,9 @@ def travel(
 class _Passage:
     """One bucket on its way."""
 
-    def __init__(self, peers: Communicator, shares: Shares, wire: Wire, ring: Ring, bucket: int) -> None:
+    def __init__(
+        self, peers: Communicator, shares: Shares, wire: Wire, ring: Ring, bucket: int, landing: Tensor
+    ) -> None:
         self._peers = peers
         self._places = [shares.place(silo, bucket) for silo in range(shares.silos)]
         self._own = self._places[peers.rank]
@@ -149,6 +162,10 @@ class _Passage:
         self._flat = out[: sum(sizes)]
         self._rows = self._flat.split(sizes)
         self._received = coming[: shares.silos * sizes[peers.rank]].view(shares.silos, sizes[peers.rank])
+        self._landed = wire == "fp32"
+        self._answers = self._rows
+        if self._landed:
+            self._answers = tuple(landing[place].view(torch.uint8) for place in self._places)
         # A reduce-scatter wants equal slices: all but the last bucket's are.
         self._summed = wire == "fp32" and peers.sums_on_the_way and len(set(sizes)) == 1
 
@@ -169,13 +186,14 @@ class _Passage:
         # What was sent has left: its buffer takes the answers.
         back = self._rows[self._peers.rank]
         settle(self._own, self._received[:1] if self._summed else self._received, back)
-        self._pending = self._peers.start_all_gather(back, self._rows, "body")
+        self._pending = self._peers.start_all_gather(back, self._answers, "body")
 
     def arrive(self, apply: Apply) -> None:
-        """Wait for all owners' answers and apply them."""
+        """Wait for all owners' answers and apply those that are not in their places."""
         self._pending.wait()
-        for place, row in zip(self._places, self._rows, strict=True):
-            apply(place, row)
+        for silo, (place, row) in enumerate(zip(self._places, self._rows, strict=True)):
+            if silo == self._peers.rank or not self._landed:
+                apply(place, row)
 
 
 def _length(place: slice) -> int:
