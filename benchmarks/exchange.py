@@ -93,8 +93,8 @@ def main() -> None:
     if arguments.write:
         kernels = "native kernels" if native_kernels() else "plain torch, no native kernels"
         text = (
-            f"# The outer exchange beside one all_reduce\n\n`python -m benchmarks.exchange --mb {arguments.mb:g} --write`"
-            f", {kernels}, torch {torch.__version__}: what is measured is in that file's first lines.\n\n"
+            "# The outer exchange beside one all_reduce\n\n"
+            f"`python -m benchmarks.exchange --mb {arguments.mb:g} --write`, {kernels}, torch {torch.__version__}: what is measured is in that file's first lines.\n\n"
         )
         (Path(__file__).parent / "results" / "exchange.md").write_text(text + "\n".join(lines) + "\n")
 
