@@ -101,7 +101,7 @@ class PlainModel(nn.Module):
         self.embedding, self.body = embedding, body
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return self.embedding.loss(self.body(self.embedding.embed(inputs)), targets)
+        return self.embedding.loss(self.body(self.embedding.embed(inputs, hooked=True)), targets)
 
 
 class TiedEmbedding(nn.Module):
@@ -112,7 +112,7 @@ class TiedEmbedding(nn.Module):
         self.table = make()
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.table.embed(ids)
+        return self.table.embed(ids, hooked=True)
 
 
 def plain_stepper(config: RunConfig, world: World) -> Callable[[list[tuple[Tensor, Tensor]]], None]:

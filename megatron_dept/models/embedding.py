@@ -10,12 +10,12 @@ position table is on the first of them.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_dept.models.loss import linear_cross_entropy, linear_cross_entropy_per_token
 from megatron_dept.models.tags import tag
 from megatron_dept.models.vocabulary_shard import VocabularyShard
+from megatron_dept.ops.remap import remap_lookup, remap_lookup_adding_gradient
 from megatron_dept.tensor_parallel.group import ALONE
 from megatron_dept.tensor_parallel.mappings import leave_ranks
 from megatron_dept.tensor_parallel.shards import Rows, cut_by_rows, mark
@@ -58,28 +58,38 @@ class SourceEmbedding(nn.Module):
         if position is not None:
             self.position = tag(nn.Parameter(position), "embedding")
 
-    def embed(self, local_ids: Tensor) -> Tensor:
+    def embed(self, local_ids: Tensor, hooked: bool = False) -> Tensor:
         """Local ids [b, s] int64 -> [b, s, h] in the compute dtype, learned positions added.
 
         [b, s/T, h] where the shard splits the sequence. Raises `ValueError` for a sequence longer than the position
-        table, `IndexError` for an id outside the vocabulary.
+        table, `IndexError` for an id outside the vocabulary (on a GPU a failed assertion there, as nothing is read).
+
+        The backward adds the rows that were looked up to `token.grad`, beside the head's gradient, itself: it makes no
+        second [v, h]. Who depends on autograd's hooks on `token` (a DeepSpeed engine that owns it) says `hooked`.
         """
+        length = local_ids.shape[1]
+        if self.position is not None and length > len(self.position):
+            raise ValueError(f"a sequence of {length} tokens has only {len(self.position)} learned positions")
+        self._refuse_foreign(local_ids)
+        look_up = remap_lookup if hooked else remap_lookup_adding_gradient
+        ids = local_ids.contiguous()
         if self.shard.tensor.size == 1:
-            return self._with_positions(F.embedding(local_ids, self.token)).to(self.compute_dtype)
-        own, elsewhere = self.shard.local(local_ids)
-        rows = self._with_positions(F.embedding(own, self.token).masked_fill(elsewhere[..., None], 0.0))
+            return look_up(ids, None, self.token, self.position, self.compute_dtype)
+        rows = look_up(ids, None, self.token, self.position, torch.float32, self.shard.start)
         # Summed in fp32, so that row and position are rounded once, as on one rank.
         return leave_ranks(rows, self.shard.tensor, self.shard.sequence_parallel).to(self.compute_dtype)
 
     forward = embed
 
-    def _with_positions(self, rows: Tensor) -> Tensor:
-        if self.position is None:
-            return rows
-        length = rows.shape[1]
-        if length > len(self.position):
-            raise ValueError(f"a sequence of {length} tokens has only {len(self.position)} learned positions")
-        return rows + self.position[:length]
+    def _refuse_foreign(self, ids: Tensor) -> None:
+        """Another shard's row counts as zeros in the look-up, so an id that is no shard's must not come there."""
+        total = self.shard.total
+        if ids.device.type != "cpu":
+            torch._assert_async(((ids >= 0) & (ids < total)).all(), f"an id is outside the vocabulary of {total}")
+        elif ids.numel():
+            low, high = (int(end) for end in ids.aminmax())
+            if low < 0 or high >= total:
+                raise IndexError(f"id {low if low < 0 else high} is out of range: the vocabulary has {total}")
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of hidden [b, s, h] against local ids [b, s]: fp32 scalar, softmax over v alone.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_dept.ops import reference
 from megatron_dept.ops.arguments import FLOATS, expect, expect_dtype
@@ -30,14 +31,34 @@ def remap_lookup(
 
     Raises ValueError, naming the argument, for a wrong dtype, shape or device; IndexError for an id outside `local_of`.
     """
-    expect("table", table, torch.float32, (None, None), table.device)
-    _expect_ids(ids, local_of, table.device)
-    expect_dtype("dtype", dtype)
-    if position is not None:
-        expect("position", position, torch.float32, (None, table.shape[1]), table.device)
-        if len(position) < ids.shape[1]:
-            raise ValueError(f"position has {len(position)} rows for a sequence of {ids.shape[1]}")
+    _expect_lookup(ids, local_of, table, position, dtype)
     looked_up: Tensor = _Lookup.apply(ids, local_of, table, position, dtype, start)
+    return looked_up
+
+
+def remap_lookup_adding_gradient(
+    ids: Tensor,
+    local_of: Tensor | None,
+    table: Tensor,
+    position: Tensor | None,
+    dtype: torch.dtype,
+    start: int = 0,
+) -> Tensor:
+    """`remap_lookup` whose backward adds the rows touched to `table.grad`, a leaf's, itself: nothing of size v is made.
+
+    For a table that the head uses too: through autograd, the look-up's gradient would be a second [v, h] of zeros and a
+    few rows, added to the head's, which comes first. Where `table` has no gradient yet it gets one, dense, of zeros.
+    Only `backward` fills it: `torch.autograd.grad`, and hooks on `table`, do not see the look-up's part.
+    """
+    if not (torch.is_grad_enabled() and table.requires_grad):
+        return remap_lookup(ids, local_of, table, position, dtype, start)
+    if not table.is_leaf:
+        raise ValueError("table is no leaf: it has no gradient to add to")
+    _expect_lookup(ids, local_of, table, position, dtype)
+    # The anchor makes autograd come back here. The table must take no part in its graph, or the head's gradient would
+    # wait for this backward: so it is handed over inside a tuple, where autograd does not look.
+    anchor = table.new_empty(0).requires_grad_()
+    looked_up: Tensor = _AddingLookup.apply(anchor, ids, local_of, (table,), position, dtype, start)
     return looked_up
 
 
@@ -73,6 +94,19 @@ def grouped(local: Tensor, rows: int, start: int) -> tuple[Tensor, Tensor, Tenso
     return touched, torch.cat([held.new_zeros(1), held.cumsum(0)]), places[order]
 
 
+def _expect_lookup(
+    ids: Tensor, local_of: Tensor | None, table: Tensor, position: Tensor | None, dtype: torch.dtype
+) -> None:
+    expect("table", table, torch.float32, (None, None), table.device)
+    _expect_ids(ids, local_of, table.device)
+    expect_dtype("dtype", dtype)
+    if position is not None:
+        expect("position", position, torch.float32, (None, table.shape[1]), table.device)
+        if len(position) < ids.shape[1]:
+            raise ValueError(f"position has {len(position)} rows for a sequence of {ids.shape[1]}")
+    _expect_known(ids, local_of)
+
+
 def _expect_ids(ids: Tensor, local_of: Tensor | None, device: torch.device) -> None:
     expect("ids", ids, torch.int64, (None, None), device)
     if local_of is not None:
@@ -85,6 +119,16 @@ def _expect_known(ids: Tensor, local_of: Tensor | None) -> None:
         return  # no number can be read while a graph is traced; on the CPU the operator looks itself
     if local_of is not None and ids.numel() and bool(((ids < 0) | (ids >= len(local_of))).any()):
         raise IndexError(f"ids holds an id outside 0..{len(local_of) - 1}, those that local_of maps")
+
+
+def _looked_up(
+    ids: Tensor, local_of: Tensor | None, table: Tensor, position: Tensor | None, dtype: torch.dtype, start: int
+) -> Tensor:
+    if not native_kernels(table.device.type):
+        return reference.remap_lookup(ids, local_of, table, position, dtype, start)
+    out = table.new_empty(*ids.shape, table.shape[1], dtype=dtype)
+    torch.ops.megatron_dept.remap_lookup(ids, local_of, table, position, start, out)
+    return out
 
 
 class _Lookup(torch.autograd.Function):
@@ -100,12 +144,7 @@ class _Lookup(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(ids, local_of)
         ctx.rows, ctx.start, ctx.positions = len(table), start, 0 if position is None else len(position)
-        _expect_known(ids, local_of)
-        if not native_kernels(table.device.type):
-            return reference.remap_lookup(ids, local_of, table, position, dtype, start)
-        out = table.new_empty(*ids.shape, table.shape[1], dtype=dtype)
-        torch.ops.megatron_dept.remap_lookup(ids, local_of, table, position, start, out)
-        return out
+        return _looked_up(ids, local_of, table, position, dtype, start)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -117,3 +156,34 @@ class _Lookup(torch.autograd.Function):
         grad_table = grad.new_zeros(ctx.rows, grad.shape[2], dtype=torch.float32)
         grad_table[touched] = grad_rows
         return None, None, grad_table, grad_position, None, None
+
+
+class _AddingLookup(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        ids: Tensor,
+        local_of: Tensor | None,
+        leaf: tuple[Tensor],
+        position: Tensor | None,
+        dtype: torch.dtype,
+        start: int,
+    ) -> Tensor:
+        ctx.save_for_backward(ids, local_of)
+        ctx.start, ctx.positions, ctx.leaf = start, 0 if position is None else len(position), leaf[0]
+        return _looked_up(ids, local_of, leaf[0].detach(), position, dtype, start)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        ids, local_of = ctx.saved_tensors
+        leaf = ctx.leaf
+        touched, grad_rows, grad_position = remap_lookup_backward(
+            ids, local_of, gradients[0].contiguous(), len(leaf), ctx.start, ctx.positions
+        )
+        if leaf.grad is None:
+            leaf.grad = torch.zeros_like(leaf)
+        # No row comes twice, so that it adds in no other order on any device.
+        leaf.grad.index_add_(0, touched, grad_rows)
+        return None, None, None, None, grad_position, None, None

@@ -110,3 +110,57 @@ def test_what_does_not_fit_is_named(name, wrong):
     remap.remap_lookup(**arguments)
     with pytest.raises(ValueError, match=f"^{name} "):
         remap.remap_lookup(**{**arguments, name: wrong})
+
+
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_gradient_added_to_the_heads_is_that_of_autograd(learned, micro_batches):
+    weight = drawn(2, 3, 3, seed=2)
+
+    def gradients(look_up):
+        table, position = drawn(6, 3).requires_grad_(), drawn(4, 3, seed=1).requires_grad_()
+        for _ in range(micro_batches):
+            rows = look_up(IDS, None, table, position if learned else None, torch.float32)
+            # The table a second time, as the tied head has it.
+            ((rows * 2).flatten(0, 1) @ table.t()).sum().add((rows * weight).sum()).backward()
+        return [table.grad, position.grad] if learned else [table.grad]
+
+    for one, other in zip(gradients(remap.remap_lookup_adding_gradient), gradients(remap.remap_lookup), strict=True):
+        # Two micro-batches are four sums in another order: fp32 numbers of order 10.
+        torch.testing.assert_close(one, other, rtol=0, atol=0 if micro_batches == 1 else 1e-5)
+
+
+def test_the_gradient_is_added_to_the_heads_own_memory():
+    table = drawn(6, 3).requires_grad_()
+    held = {}
+
+    class Head(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, rows, table):
+            ctx.shape = rows.shape
+            return rows.sum() + table.sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            dense = torch.ones(6, 3)
+            held["address"] = dense.data_ptr()
+            return torch.ones(ctx.shape), dense
+
+    Head.apply(remap.remap_lookup_adding_gradient(IDS, None, table, None, torch.float32), table).backward()
+    assert table.grad.data_ptr() == held["address"]
+    expected = torch.ones(6, 3)
+    expected += torch.bincount(IDS.flatten(), minlength=6).unsqueeze(1)
+    assert torch.equal(table.grad, expected)
+
+
+def test_a_table_without_a_head_gets_a_gradient_and_one_without_gradients_none():
+    table = drawn(6, 3).requires_grad_()
+    remap.remap_lookup_adding_gradient(IDS, None, table, None, torch.float32).sum().backward()
+    assert torch.equal(table.grad[:, 0], torch.bincount(IDS.flatten(), minlength=6).float())
+    frozen, position = drawn(6, 3), drawn(4, 3).requires_grad_()
+    remap.remap_lookup_adding_gradient(IDS, None, frozen, position, torch.float32).sum().backward()
+    assert frozen.grad is None and position.grad is not None
+    with torch.no_grad():
+        assert not remap.remap_lookup_adding_gradient(IDS, None, table, None, torch.float32).requires_grad
+    with pytest.raises(ValueError, match="^table is no leaf"):
+        remap.remap_lookup_adding_gradient(IDS, None, table * 1, None, torch.float32)
