@@ -1,7 +1,7 @@
 """The outer optimizer: turns the averaged delta of a round into the next global value, in place.
 
-delta = global - local is a pseudo-gradient (DiLoCo, arXiv 2311.08105). Shapes: flat [elements] for the body, a row
-table [n, h] with one mask entry per row for shared embedding rows; all fp32, on one device.
+delta = global - local is a pseudo-gradient (DiLoCo, arXiv 2311.08105). Shapes: flat [elements], fp32, on one
+device. Shared embedding rows take the same step, by those that some source holds (`dept.averaging`).
 
 Every multiplication and addition is rounded by itself (no fused multiply-add), so an element's result does not depend
 on where in a tensor it stands: shares of the body cut anywhere, or the whole, give the same bits.
@@ -63,28 +63,6 @@ def outer_step(rule: OuterRule, value: Tensor, mean_delta: Tensor, momentum: Ten
             flat_momentum[part].mul_(rule.momentum).add_(delta)
             update = flat_momentum[part].mul(rule.momentum).add_(delta)
         flat_value[part].sub_(update.mul_(rule.learning_rate))
-
-
-@torch.no_grad()
-def outer_step_rows(rule: OuterRule, table: Tensor, mean_delta: Tensor, momentum: Tensor | None, held: Tensor) -> None:
-    """`outer_step` on the rows of `table` [n, h] that `held` (bool [n]) marks; `momentum` is [n, h] or None.
-
-    A row held by none of the sampled sources keeps value and momentum bit for bit: it took no part in the round, so
-    even its momentum does not decay. Scratch memory is a few blocks of rows, never a copy of the table.
-    """
-    _check(rule, table, mean_delta, momentum)
-    assert held.dtype == torch.bool and held.shape == table.shape[:1], f"held {held.dtype} {tuple(held.shape)}"
-    if bool(held.all()):
-        outer_step(rule, table, mean_delta, momentum)
-        return
-    rows_at_once = max(1, SCRATCH_ELEMENTS // max(1, table.shape[1]))
-    for rows in held.nonzero().squeeze(1).split(rows_at_once):
-        value = table[rows]
-        row_momentum = momentum[rows] if momentum is not None else None
-        outer_step(rule, value, mean_delta[rows], row_momentum)
-        table[rows] = value
-        if momentum is not None and row_momentum is not None:
-            momentum[rows] = row_momentum
 
 
 def _check(rule: OuterRule, value: Tensor, mean_delta: Tensor, momentum: Tensor | None) -> None:

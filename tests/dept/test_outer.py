@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dept.dept import outer
-from megatron_dept.dept.outer import OuterRule, needs_momentum, outer_step, outer_step_rows
+from megatron_dept.dept.averaging import RowMean
+from megatron_dept.dept.outer import OuterRule, needs_momentum, outer_step
+from megatron_dept.dept.row_storage import StoredRows
 
 FEDAVG = OuterRule("fedavg", 1.0, 0.0)
 DILOCO = OuterRule("nesterov", 0.7, 0.9)
@@ -31,6 +33,13 @@ def reference(rule, value, deltas, momentum, dtype):
             momentum = decay * momentum + delta
             value = value - rate * (delta + decay * momentum)
     return value, momentum
+
+
+def outer_step_rows(rule, table, delta, momentum, held):
+    """The outer step on the rows of `table` that `held` marks: one source that holds them has come with its delta."""
+    mean, ids = RowMean(*table.shape), held.nonzero().squeeze(1)
+    mean.add(ids, delta[ids])
+    mean.step(rule, StoredRows(table), None if momentum is None else StoredRows(momentum))
 
 
 def random_round(seed, shape, steps):
