@@ -9,6 +9,7 @@ together. `--write` writes benchmarks/results/exchange.md.
 """
 
 import argparse
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--wires", nargs="*", default=list(WIRES), choices=WIRES)
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/exchange.md")
     arguments = parser.parse_args()
+    load = f"{os.getloadavg()[0]:.1f}"
     lines = [
         "| ranks | wire | bucket MB | exchange ms | all_reduce ms | ratio | exchange CPU ms | all_reduce CPU ms |",
         "|---" * 8 + "|",
@@ -94,7 +96,10 @@ def main() -> None:
         kernels = "native kernels" if native_kernels() else "plain torch, no native kernels"
         text = (
             "# The outer exchange beside one all_reduce\n\n"
-            f"`python -m benchmarks.exchange --mb {arguments.mb:g} --write`, {kernels}, torch {torch.__version__}: what is measured is in that file's first lines.\n\n"
+            f"`python -m benchmarks.exchange --mb {arguments.mb:g} --write`, {kernels}, torch {torch.__version__}: "
+            f"what is measured is in that file's first lines.\n\n{os.cpu_count()} cores, load average {load} (before), "
+            f"{os.getloadavg()[0]:.1f} (after). Where more runs than there are cores, every wait costs a turn of the "
+            "others: wall times then say little, CPU times more.\n\n"
         )
         (Path(__file__).parent / "results" / "exchange.md").write_text(text + "\n".join(lines) + "\n")
 
