@@ -76,7 +76,8 @@ demo: venv  ## The main job on real text: STD, GLOB, TRIM, SPEC-OPT, each with o
 demo-all: venv  ## The main job with every method and both adapt protocols
 	@$(PY) tools/demo.py --all $(DEMO_ARGS)
 
-bench: venv  ## Measure the head and loss beside torch's, steps beside plain DeepSpeed's, and draw layouts' loss curves
+bench: venv  ## Measure kernels, head and loss beside torch's, steps beside plain DeepSpeed's, and draw layouts' loss curves
+	@$(PY) -m benchmarks.kernels
 	@$(PY) benchmarks/loss.py
 	@$(PY) -m benchmarks.layouts
 	@$(PY) -m benchmarks.convergence

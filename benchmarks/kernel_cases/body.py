@@ -60,8 +60,8 @@ def room(device: str, wire: str, *leading: int) -> Tensor:
 
 
 def pack(device: str, wire: str) -> Case:
-    value, local, left, their_left = numbers(device, 4)
-    their_left.copy_(left)
+    value, local, left = numbers(device, 3)
+    their_left, whole_left = left.clone(), left.clone()
     ours, theirs = room(device, wire), room(device, wire)
     residual, scratch = (left if wire == "int8" else None), torch.empty(PIECE, device=device)
     sent = views(theirs, wire)
@@ -83,8 +83,8 @@ def pack(device: str, wire: str) -> Case:
         return sent
 
     def quantise_whole():
-        q, s, rest = quantise((value - local).add_(their_left))
-        sent[0].copy_(q), sent[1].copy_(s), their_left.copy_(rest)
+        q, s, rest = quantise((value - local).add_(whole_left))
+        sent[0].copy_(q), sent[1].copy_(s), whole_left.copy_(rest)
         return sent
 
     def compiled(v, w, r, *outs):
@@ -218,7 +218,7 @@ def unpack(device: str, wire: str) -> Case:
 def apply(device: str, wire: str) -> Case:
     packed = received(device, wire)[0].clone()
     value = torch.zeros(ELEMENTS, device=device)
-    their = value.clone()
+    their, their_whole = value.clone(), value.clone()
     masters = [torch.empty_like(value) for _ in range(2)]
     lows = [torch.empty(ELEMENTS, dtype=torch.bfloat16, device=device) for _ in range(2)]
     sent = views(packed, wire)
@@ -228,9 +228,9 @@ def apply(device: str, wire: str) -> Case:
         return (value,)
 
     def whole():
-        their.copy_(sent[0]) if wire == "fp32" else their.sub_(wide(*sent))
-        masters[1].copy_(their), lows[1].copy_(their)
-        return (their,)
+        their_whole.copy_(sent[0]) if wire == "fp32" else their_whole.sub_(wide(*sent))
+        masters[1].copy_(their_whole), lows[1].copy_(their_whole)
+        return (their_whole,)
 
     def in_pieces():
         scales = sent[-1].split(PIECE // BLOCK) if wire == "int8" else [None] * (ELEMENTS // PIECE)

@@ -20,16 +20,12 @@ PIECE = 1 << 16
 
 @dataclass(frozen=True)
 class Case:
-    """One operation in one form: `bytes` that must at least be read and written; ours, and the peers by name.
-
-    `kept` is False where the operation's face does not take ours but a peer, so that the figures show why.
-    """
+    """One operation in one form: `bytes` that must at least be read and written; ours, and the peers by name."""
 
     name: str
     bytes: int
     fused: Variant
     peers: dict[str, Variant]
-    kept: bool = True
 
 
 def into(outs: Sequence[Tensor], results: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ SPECIAL = torch.tensor(
     [0.0, -0.0, 1e-45, -1e-40, 6e-8, 3e-8, 2.9802323e-08, 6.1e-5, 65504.0, 65519.9, 65520.0, 7e4, 3.4e38, -3.4e38, 1e-3]
 )
 NOT_FINITE = torch.tensor([torch.nan, torch.inf, -torch.inf])
-CASES = pytest.mark.parametrize("seed", range(40))
+CASES = pytest.mark.parametrize("seed", range(24))
 
 
 class Draw:
