@@ -90,9 +90,10 @@ def test_what_is_not_finite_arrives_as_such(module, wire, bad):
 @BOTH
 def test_the_smallest_and_the_largest_blocks_are_sent(module):
     for element in (1e-45, 1e-38, 3e38):
-        value = torch.tensor([element, 0.0, -element])
+        value, residual = torch.tensor([element, 0.0, -element]), torch.zeros(3)
         out, mean = buffer(3, "int8", 1), torch.empty(3)
-        module.body_pack(value, None, None, None, "int8", out[0])
+        module.body_pack(value, None, None, residual, "int8", out[0])
+        assert residual.isfinite().all()
         module.body_mean(out, 1, "int8", mean)
         # Of a denormal number, a scale keeps few bits or none.
         torch.testing.assert_close(mean, value, rtol=1e-2, atol=1e-38)
