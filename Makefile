@@ -83,6 +83,7 @@ bench: venv  ## Measure kernels, head and loss beside torch's, steps beside plai
 	@$(PY) -m benchmarks.convergence
 	@$(PY) -m benchmarks.exchange --write
 	@$(PY) -m benchmarks.row_table
+	@$(PY) -m benchmarks.many_sources
 
 bench-vocabulary: venv  ## Embedding memory of every variant and step time by vocabulary, V = 250,112; 10 minutes, 8 GB
 	@$(PY) -m benchmarks.large_vocabulary --json build/large_vocabulary.json --picture build/large-vocabulary.png
