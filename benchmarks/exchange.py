@@ -20,9 +20,9 @@ import torch
 from megatron_dept.common.sizes import FP32_BYTES
 from megatron_dept.dept.outer import OuterRule
 from megatron_dept.federation.body_exchange import BodyExchange
-from megatron_dept.federation.buckets import Packing
-from megatron_dept.ops.body import WIRES, Wire, wire_bytes
+from megatron_dept.federation.shares import Packing
 from megatron_dept.ops.native import native_kernels
+from megatron_dept.ops.wires import WIRES, Wire, wire_bytes
 from megatron_dept.topology.launch import Launch
 from tests.federation.groups import join_groups
 from tests.support.distributed import run_ranks

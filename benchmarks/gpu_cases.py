@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dept.ops.body import BLOCK, Wire, body_apply, body_mean, body_pack, body_unpack, wire_bytes
+from megatron_dept.ops.body import body_apply, body_mean, body_pack, body_unpack
 from megatron_dept.ops.remap import grouped, remap_lookup, remap_lookup_backward
 from megatron_dept.ops.rows import order_by_row, trim_gather, trim_scatter_mean
+from megatron_dept.ops.wires import BLOCK, Wire, wire_bytes
 
 RATE, MU = 0.7, 0.9
 GOALS = ("trim_gather", "trim_scatter_mean", "body_pack", "body_unpack")

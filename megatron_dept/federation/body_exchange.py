@@ -19,11 +19,13 @@ from torch import Tensor
 
 from megatron_dept.common.segments import Segment
 from megatron_dept.dept.outer import OuterRule
-from megatron_dept.federation.buckets import Apply, Pack, Packing, Ring, Settle, Shares, exchange_bytes, travel
+from megatron_dept.federation.buckets import Apply, Pack, Ring, Settle, travel
 from megatron_dept.federation.communicator import Communicator
 from megatron_dept.federation.exchange import Handed, Prepared, Residual, accept_state, commit_mean, new_momentum
 from megatron_dept.federation.round_delta import RoundDelta
-from megatron_dept.ops.body import Wire, body_apply, body_mean, body_pack, body_unpack
+from megatron_dept.federation.shares import Packing, Shares, exchange_bytes
+from megatron_dept.ops.body import body_apply, body_mean, body_pack, body_unpack
+from megatron_dept.ops.wires import Wire
 
 
 class BodyExchange:

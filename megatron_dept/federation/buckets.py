@@ -6,98 +6,14 @@ are on their way, the next is packed and the one before unpacked.
 Shapes: `n` elements of the partition, `S` silos, `m` elements of one share in one bucket.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from megatron_dept.common.errors import FederationError
-from megatron_dept.common.sizes import FP32_BYTES
 from megatron_dept.federation.communicator import Communicator
-from megatron_dept.ops.body import BLOCK, Wire, wire_bytes
-
-ELEMENT_BYTES: Mapping[Wire, int] = {"fp32": 4, "bf16": 2, "int8": 1}
-"""Of an element on the wire; int8 has scales besides."""
-ALONE_MB = 1.0
-SLOTS = 3
-"""Buckets under way at once: one is packed, one's deltas travel, one's answer does."""
-
-
-@dataclass(frozen=True)
-class Packing:
-    """What travels (`outer.wire`), and megabytes of fp32 deltas, all silos' shares together, of one bucket."""
-
-    wire: Wire = "fp32"
-    bucket_mb: float = 32.0
-
-
-def refuse_packed(packing: Packing) -> None:
-    """`FederationError` where anything but fp32 is asked of silos that are cut differently."""
-    if packing.wire != "fp32":
-        raise FederationError(
-            f"dept.outer.wire {packing.wire}, but these silos have different shapes: elements that go by their names "
-            "travel as fp32; set dept.outer.wire: fp32, or give all silos one shape"
-        )
-
-
-def share_size(partition: int, silos: int) -> int:
-    """Elements of the share that each silo owns of a partition of `partition` elements; the last ones own less."""
-    return -(-partition // silos)
-
-
-@dataclass(frozen=True)
-class Shares:
-    """A partition of `partition` elements cut over `silos`, each share in buckets of `bucket` elements at most.
-
-    Buckets begin at multiples of int8's blocks, so that no number depends on their size.
-    """
-
-    partition: int
-    silos: int
-    bucket: int
-
-    @classmethod
-    def cut(cls, partition: int, silos: int, bucket_mb: float) -> "Shares":
-        """`bucket_mb`: see `Packing`; alone, where nothing travels, never more than `ALONE_MB`."""
-        elements = int((bucket_mb if silos > 1 else min(bucket_mb, ALONE_MB)) * 1e6) // FP32_BYTES // silos
-        return cls(partition, silos, max(BLOCK, elements // BLOCK * BLOCK))
-
-    @property
-    def share(self) -> int:
-        return share_size(self.partition, self.silos)
-
-    @property
-    def buckets(self) -> int:
-        return -(-self.share // self.bucket)
-
-    @property
-    def longest(self) -> int:
-        """Elements of a share in its largest bucket."""
-        return min(self.bucket, self.share)
-
-    def of(self, silo: int) -> slice:
-        """Where a silo's share lies in the partition; the last ones may be cut short or empty."""
-        start = min(silo * self.share, self.partition)
-        return slice(start, min(start + self.share, self.partition))
-
-    def place(self, silo: int, bucket: int) -> slice:
-        """Where a silo's part of a bucket lies in the partition."""
-        own = self.of(silo)
-        start = min(own.start + bucket * self.bucket, own.stop)
-        return slice(start, min(start + self.bucket, own.stop))
-
-
-def exchange_bytes(partition: int, silos: int, rank: int, wire: Wire = "fp32") -> int:
-    """Bytes that the rank in silo `rank` sends in a round: to each owner its deltas, to everyone what it owns."""
-    shares = Shares(partition, silos, BLOCK)
-    of_silo = [wire_bytes(_length(shares.of(silo)), wire) for silo in range(silos)]
-    return sum(of_silo) - of_silo[rank] + (silos - 1) * of_silo[rank]
-
-
-def ring_bytes(shares: Shares, wire: Wire) -> int:
-    """Bytes of the buffers that buckets travel in."""
-    return min(SLOTS, shares.buckets) * 2 * shares.silos * wire_bytes(shares.longest, wire)
+from megatron_dept.federation.shares import SLOTS, Shares, length
+from megatron_dept.ops.wires import Wire, wire_bytes
 
 
 class Ring:
@@ -157,7 +73,7 @@ class _Passage:
         self._peers = peers
         self._places = [shares.place(silo, bucket) for silo in range(shares.silos)]
         self._own = self._places[peers.rank]
-        sizes = [wire_bytes(_length(place), wire) for place in self._places]
+        sizes = [wire_bytes(length(place), wire) for place in self._places]
         out, coming = ring.lanes(bucket)
         self._flat = out[: sum(sizes)]
         self._rows = self._flat.split(sizes)
@@ -194,7 +110,3 @@ class _Passage:
         for silo, (place, row) in enumerate(zip(self._places, self._rows, strict=True)):
             if silo == self._peers.rank or not self._landed:
                 apply(place, row)
-
-
-def _length(place: slice) -> int:
-    return place.stop - place.start

@@ -9,27 +9,13 @@ Shapes: `n` elements of a partition or bucket, `S` silos. What travels are bytes
   in a `residual` and added the next time. A block with an element that is not finite arrives as NaN.
 """
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
 from megatron_dept.ops import reference
 from megatron_dept.ops.arguments import LOW_PRECISION, expect
 from megatron_dept.ops.native import native_kernels
-
-Wire = Literal["fp32", "bf16", "int8"]
-WIRES: tuple[str, ...] = get_args(Wire)
-BLOCK = reference.BLOCK
-
-
-def wire_bytes(n: int, wire: Wire) -> int:
-    """Bytes of `n` elements on the wire."""
-    if wire not in WIRES:
-        raise ValueError(f"wire is {wire!r}; want {' or '.join(WIRES)}")
-    if wire == "int8":
-        return n + -n % 4 + 4 * -(-n // BLOCK)
-    return n * (4 if wire == "fp32" else 2)
+from megatron_dept.ops.wires import WIRES, Wire, wire_bytes
 
 
 def body_pack(

@@ -12,8 +12,8 @@ those of the faces beside this file (`rows`, `remap`, `body`), which check them.
 import torch
 from torch import Tensor
 
-BLOCK = 256
-"""Elements of an int8 wire that share one scale."""
+from megatron_dept.ops.wires import BLOCK
+
 LARGEST = 127
 """The largest magnitude of an int8 element: -128 is not used, so that signs are alike."""
 

@@ -20,12 +20,12 @@ from megatron_dept.engine.silo_engine import SiloEngine
 from megatron_dept.engine.world import World
 from megatron_dept.federation.background import Job
 from megatron_dept.federation.body_exchange import BodyExchange
-from megatron_dept.federation.buckets import Packing, refuse_packed
 from megatron_dept.federation.exchange import Handed
 from megatron_dept.federation.links import Link, Linker
 from megatron_dept.federation.membership import POLL_SECONDS, Leaving, Members, NextRound, Standing, stage_name
 from megatron_dept.federation.named_exchange import NamedBodyExchange
 from megatron_dept.federation.replicated_rows import ReplicatedRowTable
+from megatron_dept.federation.shares import Packing, refuse_packed
 from megatron_dept.training.body_hash import agree_on_body
 from megatron_dept.training.joining import ElasticJoin
 from megatron_dept.training.metrics import Metrics

@@ -5,10 +5,10 @@ from megatron_dept.dept.outer import OuterRule
 from megatron_dept.engine.silo_engine import SiloEngine
 from megatron_dept.engine.world import World
 from megatron_dept.federation.body_exchange import BodyExchange
-from megatron_dept.federation.buckets import Packing, refuse_packed
 from megatron_dept.federation.exchange import Exchange
 from megatron_dept.federation.named_exchange import NamedBodyExchange
 from megatron_dept.federation.overlapped_exchange import OverlappedExchange
+from megatron_dept.federation.shares import Packing, refuse_packed
 from megatron_dept.models.parts import BodyPart
 from megatron_dept.models.pipeline import stage_layers
 

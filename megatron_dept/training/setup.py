@@ -28,8 +28,8 @@ from megatron_dept.dept.outer import OuterRule
 from megatron_dept.dept.variants import VARIANTS
 from megatron_dept.engine.build import build_engine
 from megatron_dept.engine.world import World, start_world, torchrun_serves
-from megatron_dept.federation.buckets import Packing
 from megatron_dept.federation.exchange import Exchange
+from megatron_dept.federation.shares import Packing
 from megatron_dept.models.build import build_body
 from megatron_dept.topology.launch import Launch
 from megatron_dept.topology.layout import Layout, accumulation_steps

@@ -12,11 +12,11 @@ import numpy as np
 from megatron_dept.common.sizes import FP32_BYTES
 from megatron_dept.config.schema import RunConfig
 from megatron_dept.dept.variants import VARIANTS
-from megatron_dept.federation.buckets import ELEMENT_BYTES, exchange_bytes
 from megatron_dept.federation.named_plan import CanonicalOrder, named_exchange_bytes
 from megatron_dept.federation.row_spread import RowSpread, fetch_bytes, return_bytes
+from megatron_dept.federation.shares import ELEMENT_BYTES, exchange_bytes
 from megatron_dept.models.vocabulary_shard import VocabularyShard
-from megatron_dept.ops.body import Wire
+from megatron_dept.ops.wires import Wire
 from megatron_dept.topology.layout import Layout
 from megatron_dept.training.partitions import RankPart, partition_segments, row_spread, whole_body
 from megatron_dept.training.sources import SourceSet

@@ -11,7 +11,7 @@ import torch
 
 from megatron_dept.common.segments import Segment
 from megatron_dept.federation.body_exchange import BodyExchange
-from megatron_dept.federation.buckets import exchange_bytes, share_size
+from megatron_dept.federation.shares import exchange_bytes, share_size
 from megatron_dept.topology.launch import Launch
 from tests.federation.groups import join_groups
 from tests.federation.outer_reference import (

@@ -12,10 +12,11 @@ import torch
 
 from megatron_dept.common.segments import Segment
 from megatron_dept.federation.body_exchange import BodyExchange
-from megatron_dept.federation.buckets import Packing, Ring, Shares, exchange_bytes, ring_bytes
+from megatron_dept.federation.buckets import Ring
 from megatron_dept.federation.communicator import Alone
 from megatron_dept.federation.ledger import Ledger
-from megatron_dept.ops.body import BLOCK, WIRES, Wire
+from megatron_dept.federation.shares import Packing, Shares, exchange_bytes, ring_bytes
+from megatron_dept.ops.wires import BLOCK, WIRES, Wire
 from megatron_dept.topology.launch import Launch
 from tests.federation.groups import join_groups
 from tests.federation.outer_reference import (

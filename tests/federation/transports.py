@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from megatron_dept.federation.body_exchange import BodyExchange
-from megatron_dept.federation.buckets import Packing
 from megatron_dept.federation.communicator import Communicator
 from megatron_dept.federation.named_exchange import NamedBodyExchange
 from megatron_dept.federation.row_spread import RowSpread
 from megatron_dept.federation.row_table import RowTable
-from megatron_dept.ops.body import WIRES
+from megatron_dept.federation.shares import Packing
+from megatron_dept.ops.wires import WIRES
 from tests.federation.cuts import BACKWARD, ELEMENTS, SHAPES, TENSOR, WHOLE, Part
 from tests.federation.groups import Connect, join_silos
 from tests.federation.outer_reference import NESTEROV, Case, busy_rounds, local_body, start

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_dept.ops import reference
-from megatron_dept.ops.body import WIRES, wire_bytes
 from megatron_dept.ops.rows import order_by_row
+from megatron_dept.ops.wires import WIRES, wire_bytes
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = [(1, 0), (3, 1), (8, 4), (20, 0), (96, 0), (256, 0), (264, 1), (1030, 4)]

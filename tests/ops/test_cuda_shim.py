@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dept.ops.body import WIRES, wire_bytes
+from megatron_dept.ops.wires import WIRES, wire_bytes
 from tests.ops import cuda_shim, kernel_cases
 from tests.ops.cuda_shim import Call
 from tests.ops.kernel_cases import Case, equal_bits

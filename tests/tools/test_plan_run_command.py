@@ -91,7 +91,8 @@ MEMORY = {
 CUT = {
     "silos", "pipe", "data", "tensor", "zero_stage", "precision", "sequence_parallel", "activation_checkpointing",
     "micro_batch", "global_batch", "loss_chunk_tokens", "micro_batches", "optimizer_moments", "ranks",
-    "offload_optimizer", "rows_on_disk", "separate", "overlap", "all_ranks", "all_embedding_ranks",
+    "offload_optimizer", "rows_on_disk", "separate", "overlap", "turns", "wire", "bucket_mb",
+    "all_ranks", "all_embedding_ranks",
 }  # fmt: skip
 
 

@@ -12,10 +12,10 @@ from pydantic import ValidationError
 from megatron_dept.common.errors import ConfigError
 from megatron_dept.common.sizes import FP32_BYTES
 from megatron_dept.config.schema import ModelConfig, ParallelConfig
-from megatron_dept.federation.buckets import Packing
+from megatron_dept.federation.shares import Packing
 from megatron_dept.models.flops import head_flops_per_token, layer_flops_per_token
 from megatron_dept.models.pipeline import stage_layers
-from megatron_dept.ops.body import Wire
+from megatron_dept.ops.wires import Wire
 
 ALIGNMENT = 2
 """ZeRO 1 and 2 pad the flat body to this many elements a data rank (DeepSpeed's nccl_start_alignment_factor)."""

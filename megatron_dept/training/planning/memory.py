@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from megatron_dept.common.sizes import FP32_BYTES, LARGEST_BUCKET, PENDING_ON_DISK
 from megatron_dept.config.schema import ModelConfig, Variant
 from megatron_dept.dept.variants import VARIANTS
-from megatron_dept.federation.buckets import Shares, ring_bytes
+from megatron_dept.federation.shares import Shares, ring_bytes
 from megatron_dept.models.flops import body_parameters
 from megatron_dept.training.planning.cut import (
     Cut,
