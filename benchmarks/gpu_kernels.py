@@ -32,7 +32,7 @@ from benchmarks.gpu_measure import (
     time_calls,
     write_figures,
 )
-from megatron_dept.ops import reference
+from megatron_dept.ops import reference, wires
 from megatron_dept.ops.native import native_kernels
 
 GOAL = 0.88
@@ -82,9 +82,9 @@ def quantizer(size: Sizes, device: torch.device, copy: float) -> dict[str, Any]:
     began = time.perf_counter()
     module = QuantizerBuilder().load()
     built = time.perf_counter() - began
-    elements = size.elements // reference.BLOCK * reference.BLOCK
+    elements = size.elements // wires.BLOCK * wires.BLOCK
     inputs = [torch.randn(elements, device=device, dtype=torch.float16) for _ in range(2)]
-    groups = elements // reference.BLOCK
+    groups = elements // wires.BLOCK
     timing = time_calls(
         lambda index: module.quantize(inputs[index], groups, 8, module.Symmetric), len(inputs), device
     )  # fmt: skip

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernel_cases.case import LEARNING_RATE, MU, PIECE, Case, Variant, by_inductor, into
-from megatron_dept.ops import body, reference
+from megatron_dept.ops import body, reference, wires
 
-ELEMENTS, SILOS, BLOCK = 16 << 20, 2, body.BLOCK
+ELEMENTS, SILOS, BLOCK = 16 << 20, 2, wires.BLOCK
 
 
 def groups(device: str) -> dict[str, Callable[[], Case]]:
     """The cases, each made when it is called for, so that only one's memory is held."""
     makers = {"body_pack": pack, "body_mean": mean, "body_unpack": unpack, "body_apply": apply}
-    return {f"{name} {wire}": partial(makers[name], device, wire) for name in makers for wire in body.WIRES}
+    return {f"{name} {wire}": partial(makers[name], device, wire) for name in makers for wire in wires.WIRES}
 
 
 def pieces(*tensors: Tensor):
@@ -56,7 +56,7 @@ def numbers(device: str, count: int) -> list[Tensor]:
 
 
 def room(device: str, wire: str, *leading: int) -> Tensor:
-    return torch.empty(*leading, body.wire_bytes(ELEMENTS, wire), dtype=torch.uint8, device=device)
+    return torch.empty(*leading, wires.wire_bytes(ELEMENTS, wire), dtype=torch.uint8, device=device)
 
 
 def pack(device: str, wire: str) -> Case:

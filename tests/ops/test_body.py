@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from megatron_dept.dept.outer import OuterRule, outer_step
-from megatron_dept.ops import body, reference
+from megatron_dept.ops import body, reference, wires
 
 BOTH = pytest.mark.parametrize("module", [body, reference])
-EVERY_WIRE = pytest.mark.parametrize("wire", body.WIRES)
+EVERY_WIRE = pytest.mark.parametrize("wire", wires.WIRES)
 
 
 def drawn(*shape, seed=0):
@@ -16,14 +16,14 @@ def drawn(*shape, seed=0):
 
 
 def buffer(n, wire, *leading):
-    return torch.full((*leading, body.wire_bytes(n, wire)), 0xA5, dtype=torch.uint8)
+    return torch.full((*leading, wires.wire_bytes(n, wire)), 0xA5, dtype=torch.uint8)
 
 
 def int8_by_hand(x):
     """(bytes, residual) of fp32 x, one block after another."""
     x = x.numpy()
     sent, scales, left = [], [], []
-    for block in np.split(x, range(body.BLOCK, len(x), body.BLOCK)) if len(x) else []:
+    for block in np.split(x, range(wires.BLOCK, len(x), wires.BLOCK)) if len(x) else []:
         largest = np.abs(block).max()
         scales.append(largest / np.float32(127))
         inverse = np.float32(0) if largest == 0 else np.float32(127) / largest
@@ -39,7 +39,7 @@ def int8_by_hand(x):
     "n, expected", [(0, (0, 0, 0)), (1, (4, 2, 8)), (256, (1024, 512, 260)), (257, (1028, 514, 268))]
 )
 def test_wire_bytes(n, expected):
-    assert tuple(body.wire_bytes(n, wire) for wire in ("fp32", "bf16", "int8")) == expected
+    assert tuple(wires.wire_bytes(n, wire) for wire in ("fp32", "bf16", "int8")) == expected
 
 
 @BOTH

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dept.ops import body, remap, rows
+from megatron_dept.ops import body, remap, rows, wires
 from megatron_dept.ops.native import native_kernels
 from tests.ops import kernel_cases
 from tests.ops.kernel_cases import equal_bits, placed
@@ -69,7 +69,7 @@ def test_equals_the_reference_on_the_cpu(kernel):
 def test_a_block_that_is_not_finite_arrives_as_nan(bad):
     value = torch.randn(600, device="cuda")
     value[300] = bad
-    out = torch.empty(body.wire_bytes(600, "int8"), dtype=torch.uint8, device="cuda")
+    out = torch.empty(wires.wire_bytes(600, "int8"), dtype=torch.uint8, device="cuda")
     back = torch.zeros(600, device="cuda")
     body.body_pack(value, None, None, None, "int8", out)
     body.body_mean(out.unsqueeze(0), 1, "int8", back)
@@ -124,7 +124,7 @@ def test_more_than_32_bits_of_elements():
     assert torch.equal(found, table[[0, last]])
 
     value, n = table.view(-1)[:LARGE], LARGE
-    out = torch.empty(body.wire_bytes(n, "int8"), dtype=torch.uint8, device="cuda")
+    out = torch.empty(wires.wire_bytes(n, "int8"), dtype=torch.uint8, device="cuda")
     value[-1], value[-2] = 127, -3
     body.body_pack(value, None, None, None, "int8", out)
     body.body_apply(out, value, "int8")

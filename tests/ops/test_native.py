@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from megatron_dept.ops import body, reference, remap, rows
+from megatron_dept.ops import body, reference, remap, rows, wires
 from megatron_dept.ops.native import OPERATORS, native_kernels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -51,7 +51,7 @@ class Draw:
         """Room for packed elements, filled with what must not stay; at 0 or more units into its storage."""
         unit = 2 if wire == "bf16" else 4
         offset = unit * self.choice.randrange(3)
-        shape = (*leading, body.wire_bytes(n, wire))
+        shape = (*leading, wires.wire_bytes(n, wire))
         return torch.full((offset + torch.Size(shape).numel(),), 0xA5, dtype=torch.uint8)[offset:].view(shape)
 
     def received(self, silos, n, wire):
@@ -157,7 +157,7 @@ def test_lookup_and_its_backward(seed):
 
 
 @CASES
-@pytest.mark.parametrize("wire", body.WIRES)
+@pytest.mark.parametrize("wire", wires.WIRES)
 def test_pack(seed, wire):
     draw = Draw(seed)
     n = draw.size()
@@ -177,7 +177,7 @@ def test_pack(seed, wire):
 
 
 @CASES
-@pytest.mark.parametrize("wire", body.WIRES)
+@pytest.mark.parametrize("wire", wires.WIRES)
 def test_mean_unpack_and_apply(seed, wire):
     draw = Draw(seed)
     n, silos, sources = draw.size(), draw.size(1, 2, 3, 5), draw.size(1, 2, 3, 7)
@@ -238,7 +238,7 @@ def example(name):
     draw = Draw(7)
     ids, table, one = torch.tensor([[1, 3, 1]]), draw.floats(4, 6), torch.tensor([0, 1])
     value, momentum, residual = (draw.floats(300) for _ in range(3))
-    int8 = body.WIRES.index("int8")
+    int8 = wires.WIRES.index("int8")
     received = draw.received(2, 300, "int8")
     return {
         "trim_gather": (table, torch.tensor([1, 3]), 0, torch.empty(2, 6, dtype=torch.bfloat16)),
@@ -278,7 +278,7 @@ def test_faces_can_be_compiled_in_one_graph():
         gathered = rows.trim_gather(table, ids[0], 0, torch.bfloat16)
         looked_up = remap.remap_lookup(ids, None, table, position, torch.bfloat16)
         mean = torch.empty_like(table[0])
-        out = torch.empty(body.wire_bytes(4, "bf16"), dtype=torch.uint8)
+        out = torch.empty(wires.wire_bytes(4, "bf16"), dtype=torch.uint8)
         body.body_pack(table[0], None, None, None, "bf16", out)
         body.body_mean(out.unsqueeze(0), 1, "bf16", mean)
         return gathered, looked_up, mean
@@ -299,7 +299,7 @@ def test_two_threads_give_the_bits_of_one():
     value, local, residual = (draw.floats(n) for _ in range(3))
 
     def everything():
-        packed, left = torch.empty(1, body.wire_bytes(n, "int8"), dtype=torch.uint8), residual.clone()
+        packed, left = torch.empty(1, wires.wire_bytes(n, "int8"), dtype=torch.uint8), residual.clone()
         body.body_pack(value, local, None, left, "int8", packed[0])
         mean = torch.empty(n)
         body.body_mean(packed, 1, "int8", mean)
