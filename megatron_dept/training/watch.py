@@ -34,7 +34,7 @@ Phase = Literal[
     "end",
 ]
 
-_ALARM, _VERDICT, _HEARD, _KEEPER = "watch/alarm", "watch/verdict", "watch/heard", "watch/keeper"
+_ALARM, _VERDICT, _HEARD, _KEEPER, _LEFT = (f"watch/{what}" for what in ("alarm", "verdict", "heard", "keeper", "left"))
 _GOODBYE = "goodbye"
 BEAT_SECONDS = 0.5
 RANKS_A_SECOND = 1000
@@ -215,11 +215,15 @@ class FailureWatch:
         else:
             store.set(_life(self._roster.rank), f"{_GOODBYE} {self._phase}")
         # What was only sent may be lost with the process; an answer says that it has come.
-        store.add(_ALARM, 0)
+        store.add(_LEFT, 1)
         end = time.monotonic() + self._patience
-        while self._roster.keeps_store and self._verdict is not None and time.monotonic() < end:
-            # Without the store the others would take this rank for the one that was lost.
-            if store.add(_HEARD, 0) >= self._hearers:
+        while self._roster.keeps_store and time.monotonic() < end:
+            # Without the store the others would take this rank for the one that was lost, or say that they lost it.
+            if self._verdict is None:
+                done = store.add(_LEFT, 0) >= len(self._roster.names)
+            else:
+                done = store.add(_HEARD, 0) >= self._hearers
+            if done:
                 return
             time.sleep(BEAT_SECONDS / 10)
 

@@ -241,12 +241,15 @@ def test_a_figure_that_is_not_finite_is_null_and_the_file_stays_valid_json(world
 
 def poison_position_table(checkpoint):
     """Write NaN over the position table in the checkpoint's file; its size stays."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
+
+    from megatron_dept.checkpoint.slices import save_slices
 
     part = checkpoint / "part-00000.safetensors"
-    tensors = load_file(part)
+    # Copies: what was loaded is still the file that is written over.
+    tensors = {key: value.clone() for key, value in load_file(part).items()}
     tensors["position@0"].fill_(math.nan)
-    save_file(tensors, part)
+    save_slices(part, tensors)
 
 
 @pytest.mark.parametrize(

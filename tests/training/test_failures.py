@@ -62,13 +62,13 @@ class Case:
 CASES = {
     "inner step": Case(dies_in_step(3, 4), 3, "inner step"),
     "pack": Case(dies_in_pack(1, 1), 1, "pack"),
-    "exchange": Case(dies_sending(2, "body", "all_gather", 1), 2, "exchange"),
+    "exchange": Case(dies_sending(2, "body", "start_all_gather", 1), 2, "exchange"),
     "row exchange": Case(dies_sending(3, "embedding", "all_to_all", 3), 3, "row exchange"),
     "save": Case(dies_in_save(2, 1), 2, "save"),
     "tensor, inner step": Case(dies_in_step(1, 4), 1, "inner step", TENSOR),
     "tensor, row exchange": Case(dies_sending(3, "embedding", "all_to_all", 3), 3, "row exchange", TENSOR),
     "pipe, inner step": Case(dies_in_step(3, 4), 3, "inner step", PIPE),
-    "pipe, exchange": Case(dies_sending(1, "body", "all_to_all", 1), 1, "exchange", PIPE),
+    "pipe, exchange": Case(dies_sending(1, "body", "start_all_to_all", 1), 1, "exchange", PIPE),
 }
 
 
