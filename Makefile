@@ -82,6 +82,7 @@ bench: venv  ## Measure kernels, head and loss beside torch's, steps beside plai
 	@$(PY) -m benchmarks.layouts
 	@$(PY) -m benchmarks.convergence
 	@$(PY) -m benchmarks.exchange --write
+	@$(PY) -m benchmarks.overlap --repeats 3
 	@$(PY) -m benchmarks.row_table
 	@$(PY) -m benchmarks.many_sources
 

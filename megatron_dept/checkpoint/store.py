@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from megatron_dept.checkpoint.slice_cache import SliceCache, identity
@@ -35,12 +34,13 @@ class SourceStore:
     """Files `<directory>/<source>/<part>.<version>.safetensors`; the newest version of each part counts.
 
     `cache_bytes`: host memory for what was written or read last, so that it need not be read again; 0: none.
+    `pinned`: what is read ahead is to go to a GPU.
     """
 
-    def __init__(self, directory: Path, cache_bytes: int = 0) -> None:
+    def __init__(self, directory: Path, cache_bytes: int = 0, pinned: bool = False) -> None:
         self._directory = directory
         self._cache = SliceCache(cache_bytes)
-        self._pins = torch.cuda.is_available()
+        self._pins = pinned
         # One thread each, so that a read ahead does not wait until the disk has taken a write.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store-write")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="store-read")

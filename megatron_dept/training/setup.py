@@ -169,7 +169,7 @@ def build_trainer(
         exchange = own_exchange(world, joined, engine, rule, packing)
     elif variant.averages_body:
         exchange = build_exchange(world, engine, rule, packing, overlaps=outer.overlap > 0)
-    store = SourceStore(config.run_dir / "store", int(config.embedding.cache_gb * 1e9))
+    store = SourceStore(config.run_dir / "store", int(config.embedding.cache_gb * 1e9), world.device.type == "cuda")
     broker = EmbeddingBroker(config, world, store, sources.vocab_size, rule)
     state = RunState(config, world, sources, engine, exchange, broker, store)
     progress = RunProgress()
