@@ -139,6 +139,7 @@ class SourceStore:
                     os.link(directory / name, target)
                 except OSError:
                     shutil.copyfile(directory / name, target)
+                    flush_to_disk(target)
 
     def clear(self) -> None:
         """Forget everything: a run that starts anew."""

@@ -62,6 +62,7 @@ def save_checkpoint(
                 os.link(source, target)
             except OSError:
                 shutil.copyfile(source, target)
+                flush_to_disk(target)
             names.append(target.name)
         flush_to_disk(directory)
 

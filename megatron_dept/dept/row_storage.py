@@ -12,6 +12,7 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,6 +116,13 @@ def _mapped(directory: Path, rows: int, hidden: int) -> tuple[Tensor, mmap.mmap 
     return torch.frombuffer(mapping, dtype=torch.float32).view(rows, hidden), mapping
 
 
+def _forget_refusal() -> None:
+    """CUDA keeps a refusal for whoever looks next: that would be a kernel, which would take it for its own failure."""
+    if torch.cuda.is_available():
+        with suppress(RuntimeError):
+            torch.ones(1, device="cuda").add_(1)
+
+
 def _pin(stored: StoredRows) -> None:
     """Pin a table's memory for as long as the table lives; where the machine refuses, say so and leave it pageable.
 
@@ -127,6 +135,7 @@ def _pin(stored: StoredRows) -> None:
     address = stored.tensor.data_ptr()
     refusal = int(runtime.cudaHostRegister(address, size, 1))
     if refusal:
+        _forget_refusal()
         warnings.warn(
             f"the machine would not pin {size / 1e9:,.3f} GB of a shared table (CUDA error {refusal}); it stays in "
             "pageable memory, from which copies to the GPU are slower; raise the limit of locked memory (ulimit -l)",

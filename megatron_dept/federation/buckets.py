@@ -83,7 +83,7 @@ class _Passage:
         if self._landed:
             self._answers = tuple(landing[place].view(torch.uint8) for place in self._places)
         # A reduce-scatter wants equal slices: all but the last bucket's are.
-        self._summed = wire == "fp32" and peers.sums_on_the_way and len(set(sizes)) == 1
+        self._summed = wire == "fp32" and peers.sums_on_the_way(landing.device) and len(set(sizes)) == 1
 
     def send(self, pack: Pack) -> None:
         """Pack every owner's deltas and send them off; this rank's own go where the others' will come."""

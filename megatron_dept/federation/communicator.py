@@ -36,14 +36,15 @@ BUCKET_TAG = 1
 class Communicator(Protocol):
     """The collectives that rounds need; `rank` and `size` are within the group, `members` are ranks of the launch.
 
-    `sums_on_the_way`: a reduce-scatter is the cheap way to sum fp32 shares (NCCL); on gloo it is an all-reduce inside.
     Collectives that are started and waited for later may overlap; all ranks start them in the same order.
     """
 
     rank: int
     size: int
     members: tuple[int, ...]
-    sums_on_the_way: bool
+
+    def sums_on_the_way(self, device: torch.device) -> bool:
+        """Whether a reduce-scatter is the cheap way to sum fp32 tensors of `device`: on gloo it is an all-reduce."""
 
     def start_all_to_all(self, send: Sequence[Tensor], receive: Sequence[Tensor], kind: Kind) -> Pending: ...
     def start_all_gather(self, mine: Tensor, receive: Sequence[Tensor], kind: Kind) -> Pending: ...
@@ -66,7 +67,9 @@ class Alone:
     rank = 0
     size = 1
     members: tuple[int, ...] = ()
-    sums_on_the_way = False
+
+    def sums_on_the_way(self, device: torch.device) -> bool:
+        return False
 
     def start_all_to_all(self, send: Sequence[Tensor], receive: Sequence[Tensor], kind: Kind) -> Pending:
         return Done()
@@ -114,7 +117,6 @@ class CountedCommunicator(ABC):
 
     failures: tuple[type[Exception], ...] = (RuntimeError,)
     """What the transport raises when the group is broken."""
-    sums_on_the_way = False
 
     def __init__(
         self,
@@ -134,6 +136,10 @@ class CountedCommunicator(ABC):
         self._device = device
         self._near = frozenset(near) - {rank}
         assert not members or len(members) == size, f"{len(members)} members of a group of {size}"
+
+    def sums_on_the_way(self, device: torch.device) -> bool:
+        """See `Communicator`: no, unless the transport says otherwise."""
+        return False
 
     def start_all_to_all(self, send: Sequence[Tensor], receive: Sequence[Tensor], kind: Kind) -> Pending:
         """Begin to send `send[i]` to every other rank i and to fill `receive[i]` with what comes from it.
@@ -312,7 +318,10 @@ class GroupCommunicator(CountedCommunicator):
         super().__init__(group.rank(), group.size(), ledger, scope, device, members, near)
         self.group = group
         self._staged = not _reaches_gpus(group)
-        self.sums_on_the_way = not self._staged and device.type == "cuda"
+
+    def sums_on_the_way(self, device: torch.device) -> bool:
+        """What is on a GPU goes over NCCL, where the group has it; an offloaded partition over gloo."""
+        return not self._staged and device.type == "cuda"
 
     def _start_all_to_all(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Pending:
         """On gloo as messages between pairs, sent from where it lies: its all-gather copies what it is given."""

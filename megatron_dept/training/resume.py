@@ -37,6 +37,12 @@ def resume_point(config: RunConfig, sources: SourceSet, name: str | None = None)
             f"far in that blend, so none can join or leave; set sources to "
             f"{', '.join(checkpoint.manifest['all_sources'])}, or choose another run_dir for a new run"
         )
+    progress = RunProgress.load(checkpoint.manifest["progress"])
+    if changes and progress.mid_round and not progress.sampled:
+        raise CheckpointError(
+            f"{checkpoint.directory} is of an earlier release, in the middle of a round, and does not say which "
+            f"sources that drew; end the round with the sources {', '.join(checkpoint.manifest['all_sources'])} first"
+        )
     for field, before, after in _differences(checkpoint, config, sources, changes):
         raise CheckpointError(
             f"{checkpoint.directory} was trained with {field} {before}, this run has {after}; "

@@ -46,7 +46,8 @@ class SourceChanges:
         for name in self.left_out(progress):
             progress.flights.pop(name, None)
             progress.done.append(name)
-            progress.dropped.append(name)
+            if name not in progress.dropped:  # for its bad steps, before it left
+                progress.dropped.append(name)
 
     def describe(self, progress: RunProgress) -> str:
         """One line for people; `progress` as the checkpoint has it, before `apply`."""

@@ -218,6 +218,8 @@ class Trainer:
         """Add to the body in training what the last round's exchange has made of the one that it began with."""
         if self._overlapped is None or local.source is None or not self.progress.round:
             return
+        if self._is_dropped(local.bad):
+            return  # its body counts for nothing, and its ranks no longer agree on when to stop
         with self._watch.phase("exchange"):
             self._engine.shards.write(self._overlapped.updated(self._engine.shards.read()))
         self._reporter.start_phase()

@@ -281,3 +281,11 @@ def test_who_leaves_in_its_turn_is_left_out_of_the_round(names, flights, dropped
     SourceChanges.since(manifest(), names).apply(progress)
     assert list(progress.flights) == flights and progress.dropped == dropped
     assert progress.done == ["a", *dropped] and progress.sampled == ["a", "c"]
+
+
+def test_who_leaves_after_too_many_bad_steps_is_left_out_once():
+    """The round's mean divides by those drawn less those dropped: each of these counts once."""
+    told = manifest(flights={"c": Flight(1, 9)}, dropped=["c"])
+    progress = RunProgress.load(told["progress"])
+    SourceChanges.since(told, ["a", "b"]).apply(progress)
+    assert progress.dropped == ["c"] and progress.done == ["a", "c"] and not progress.flights
